@@ -1,0 +1,306 @@
+"""One typed tree for a run: a YAML recipe plus dotted overrides.
+
+    config = load_config("recipe.yaml", ["optimizer.lr=1e-3", "engine.ranks=4"])
+
+An unknown key is an error that names the nearest known one.  Each field is
+either *identity* (a run directory belongs to its value; changing it on resume
+is refused) or *operational* (how and where the run goes; free to change).
+This module imports neither torch nor transformers, so a recipe's mistakes are
+reported at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from megablip.errors import ConfigError
+
+
+def operational(default: Any = ..., **kwargs: Any) -> Any:
+    """A field that may change when a run is resumed."""
+    return Field(default, json_schema_extra={"operational": True}, **kwargs)
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, no unknown keys, docstrings under fields."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Duration(Section):
+    """An amount of training: `"2000 steps"` or `"100B tokens"` in YAML."""
+
+    value: int
+    unit: Literal["steps", "tokens"]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _parse(cls, raw: Any) -> Any:
+        if not isinstance(raw, str):
+            return raw
+        match = re.fullmatch(r"\s*([\d_.]+)\s*([kMBT]?)\s*(steps|tokens)\s*", raw)
+        if not match:
+            raise ValueError(f"'{raw}' is no duration; write for example '2000 steps' or '2.5M tokens'")
+        scale = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}[match[2]]
+        return {"value": round(float(match[1].replace("_", "")) * scale), "unit": match[3]}
+
+    def __str__(self) -> str:
+        return f"{self.value} {self.unit}"
+
+    def done(self, *, steps: int, tokens: int) -> float:
+        """Share of this duration that `steps` and `tokens` make up (may pass 1)."""
+        return (steps if self.unit == "steps" else tokens) / max(self.value, 1)
+
+
+class SourceConfig(Section):
+    name: str
+    """Names the source in logs, metrics and the data state."""
+    shards: str | list[str]
+    """Tar shards: a path, a glob, braces such as `part-{000..099}.tar`, or a list of these."""
+    schema_name: Literal["caption", "interleaved", "ocr", "text"] = Field(alias="schema")
+    """On-disk schema of the samples."""
+    weight: float = Field(gt=0)
+    """Share in the mixture, relative to the other sources' weights."""
+
+
+class DataConfig(Section):
+    sources: list[SourceConfig] = Field(min_length=1)
+    sequence_length: int = Field(gt=0)
+    """Tokens of a packed sequence, visual tokens included."""
+    max_tiles: int = Field(gt=0)
+    """Tiles of a packed sequence."""
+    mixture_unit: Literal["tokens", "documents"] = "tokens"
+    """What the weights count."""
+    packing_buffer: int = Field(256, gt=0)
+    """Documents that wait to be packed, for each lane."""
+    decode_workers: int = operational(1, ge=1)
+    """Processes of a rank that read samples and decode images."""
+    prefetch_steps: int = operational(2, ge=1)
+    """Whole steps kept ready; one is needed before the first backward."""
+
+    @field_validator("sources")
+    @classmethod
+    def _distinct_names(cls, sources: list[SourceConfig]) -> list[SourceConfig]:
+        names = [source.name for source in sources]
+        if len(set(names)) != len(names):
+            raise ValueError(f"sources need distinct names, got {names}")
+        return sources
+
+
+class BatchConfig(Section):
+    lanes: int = Field(gt=0)
+    """Logical data-parallel ranks: the order of data depends on this, never on the real ranks."""
+    sequences_per_lane: int = Field(1, gt=0)
+    """Packed sequences that each lane gives a step; the global batch is lanes x this."""
+    micro_batch_sequences: int = operational(1, gt=0)
+    """Packed sequences of one forward; gradient accumulation follows from it."""
+
+
+class OptimizerConfig(Section):
+    lr: float = Field(gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = Field(0.0, ge=0)
+    """Applied to matrices only, not to norms, biases, embeddings or latents."""
+    clip_norm: float = Field(1.0, gt=0)
+    warmup: Duration = Duration(value=0, unit="steps")
+    min_lr_ratio: float = Field(0.1, ge=0, le=1)
+    """The cosine ends at this share of the peak."""
+
+
+class ModelConfig(Section):
+    path: str
+    """Folder of the Hugging Face export that the stage starts from."""
+    activation_checkpointing: bool = operational(False)
+
+
+class EngineConfig(Section):
+    ranks: int = operational(1, ge=1)
+    """Data-parallel ranks on this machine."""
+    ds_config: str = operational("zero3")
+    """Name of a file of ds_configs/, or a path to one."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    threads: int = operational(0, ge=0)
+    """CPU threads of a rank; 0 leaves the choice to torch."""
+    timeout_s: int = operational(600, gt=0)
+    """A collective that waits longer ends the run."""
+
+
+class CheckpointConfig(Section):
+    every_steps: int = operational(500, gt=0)
+    keep: int = operational(3, ge=2)
+    """Committed checkpoints that stay; never fewer than two."""
+
+
+class LogConfig(Section):
+    every_steps: int = operational(1, gt=0)
+    """Steps between two points in TensorBoard and metrics.jsonl."""
+
+
+class Config(Section):
+    """A whole run."""
+
+    stage: Literal["pretrain"]
+    run_dir: str = operational()
+    """Checkpoints, logs and status of this run."""
+    seed: int = 0
+    duration: Duration
+    """Training ends at the first step edge at or past this."""
+    resume: Literal["auto", "never"] = operational("auto")
+    """auto: go on from the newest committed checkpoint of run_dir, if any."""
+    stop_after_steps: int | None = operational(None, gt=0)
+    """Save and stop at this step, as if a signal had come; for rehearsals."""
+    model: ModelConfig
+    data: DataConfig
+    batch: BatchConfig
+    optimizer: OptimizerConfig
+    engine: EngineConfig = EngineConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _ranks_have_lanes(self) -> Config:
+        if self.engine.ranks > self.batch.lanes:
+            raise ValueError(
+                f"engine.ranks ({self.engine.ranks}) is larger than batch.lanes ({self.batch.lanes}): "
+                "a rank without a lane has no data; use fewer ranks or more lanes"
+            )
+        return self
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a YAML recipe, apply `a.b=value` overrides, and validate.
+
+    Raises:
+        ConfigError: missing file, broken YAML, unknown key, wrong value.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError("the recipe does not exist", where=str(path), remedy="check the path") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"the recipe can't be read: {error}", where=str(path)) from None
+    if not isinstance(raw, dict):
+        raise ConfigError("the recipe is not a mapping of keys to values", where=str(path))
+    for override in overrides:
+        _apply_override(raw, override)
+    return parse_config(raw, where=str(path))
+
+
+def parse_config(raw: dict[str, Any], where: str) -> Config:
+    """Validate a mapping; `where` names its origin in errors."""
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(_explain(error), where=where) from None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML that `load_config` reads back."""
+    return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False)
+
+
+def identity_changes(old: Config, new: Config) -> list[str]:
+    """Identity fields that differ, as `key: old -> new` lines."""
+    before, after = _identity(old), _identity(new)
+    return [
+        f"{key}: {before.get(key)} -> {after.get(key)}"
+        for key in sorted(before | after)
+        if before.get(key) != after.get(key)
+    ]
+
+
+def _identity(section: Section, prefix: str = "") -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, field in type(section).model_fields.items():
+        if (field.json_schema_extra or {}).get("operational"):
+            continue
+        value, key = getattr(section, name), prefix + (field.alias or name)
+        if isinstance(value, Duration):
+            found[key] = str(value)
+        elif isinstance(value, Section):
+            found |= _identity(value, key + ".")
+        elif isinstance(value, list) and value and isinstance(value[0], Section):
+            for number, item in enumerate(value):
+                found |= _identity(item, f"{key}.{number}.")
+        else:
+            found[key] = repr(value)
+    return found
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"'{override}' is no override", where="command line", remedy="write key.subkey=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the value of {key} is no YAML: {error}", where="command line") from None
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
+        value = float(value)  # YAML 1.1 reads 1e-3 as a string
+    *parents, leaf = key.split(".")
+    node: Any = raw
+    for number, parent in enumerate(parents):
+        if isinstance(node, list):
+            node = _list_item(node, parent, key)
+        else:
+            node = node.setdefault(parent, {})
+        if not isinstance(node, dict | list):
+            raise ConfigError(
+                f"{'.'.join(parents[: number + 1])} is a value, not a section", where=f"override {override}"
+            )
+    if isinstance(node, list):
+        _list_item(node, leaf, key)
+        node[int(leaf)] = value
+    else:
+        node[leaf] = value
+
+
+def _list_item(items: list[Any], number: str, key: str) -> Any:
+    if not number.isdigit() or int(number) >= len(items):
+        raise ConfigError(
+            f"'{number}' is no index of a list of {len(items)}", where=f"override {key}", remedy="count from 0"
+        )
+    return items[int(number)]
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"]) or "recipe"
+        if problem["type"] == "extra_forbidden":
+            known = _known_keys(problem["loc"])
+            near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.4)
+            hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(sorted(known))}"
+            lines.append(f"unknown key '{key}'; {hint}")
+        else:
+            lines.append(f"{key}: {problem['msg'].removeprefix('Value error, ')}")
+    return "\n".join(lines)
+
+
+def _known_keys(location: tuple[str | int, ...]) -> list[str]:
+    """The keys that the section holding `location` knows."""
+    section: Any = Config
+    for part in location[:-1]:
+        if isinstance(part, int):
+            continue
+        by_key = {field.alias or name: field for name, field in section.model_fields.items()}
+        if part not in by_key:
+            return []
+        annotation = by_key[part].annotation
+        arguments = getattr(annotation, "__args__", ())
+        section = next((kind for kind in (annotation, *arguments) if _is_section(kind)), None)
+        if section is None:
+            return []
+    return [field.alias or name for name, field in section.model_fields.items()]
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Section)

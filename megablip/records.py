@@ -1,0 +1,215 @@
+"""What flows through megablip, from a shard to a micro-batch.
+
+    Document -> EncodedDocument -> PackedSequence -> MicroBatch
+
+A stage of the pipeline takes the record on its left and makes the one on its
+right; nothing flows back.  Shapes use T tokens, D documents, N tiles, I images,
+V visual tokens, P patches of a tile and S pixels of a tile's side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:  # torch is imported by the ranks only
+    import torch
+
+IGNORE_LABEL = -100  # torch's cross entropy ignores this label
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A run of text. `loss` says whether its tokens are trained on."""
+
+    text: str
+    loss: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """An image as it lies in the shard: undecoded bytes."""
+
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """An ordered list of segments; what every data set becomes."""
+
+    segments: tuple[Text | Image, ...]
+    source: str
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class VisualLayout:
+    """How an image becomes tiles and visual tokens; a property of the model.
+
+    `grids` are (columns, rows) templates for the high-resolution tiles; every
+    image also has one base tile (the whole image squashed), which comes first.
+    """
+
+    tile_size: int  # pixels
+    patch_size: int  # pixels
+    tokens_per_tile: int
+    grids: tuple[tuple[int, int], ...]
+
+    @property
+    def patches_per_side(self) -> int:
+        return self.tile_size // self.patch_size
+
+    @property
+    def patches_per_tile(self) -> int:
+        return self.patches_per_side**2
+
+    def tiles(self, grid: tuple[int, int]) -> int:
+        """Number of tiles of an image of this grid, base tile included."""
+        return 1 + grid[0] * grid[1]
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedImage:
+    """An image of an EncodedDocument: undecoded bytes, its grid, its place.
+
+    Its visual tokens are the `tiles * tokens_per_tile` ids from `start` on.
+    """
+
+    data: bytes
+    grid: tuple[int, int]  # (columns, rows)
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedDocument:
+    """A document as token ids: one `<image>` id for each visual token."""
+
+    input_ids: np.ndarray  # int32[n]
+    labels: np.ndarray  # int32[n], IGNORE_LABEL where there is no loss
+    images: tuple[EncodedImage, ...]
+    source: str
+    key: str
+
+    @property
+    def tiles(self) -> int:
+        return sum(1 + image.grid[0] * image.grid[1] for image in self.images)
+
+
+@dataclass(frozen=True, slots=True)
+class SampleAddress:
+    """Where a sample lies: numbers, never bytes. Sources are named by index
+    into the recipe's list, shards by index into the source's sorted list."""
+
+    source: int
+    shard: int
+    sample: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedDocument:
+    """A document that waits to be packed or has been: its address and costs."""
+
+    address: SampleAddress
+    tokens: int
+    tiles: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedSequence:
+    """What the planner decides: which documents one sequence holds.
+
+    `lane_state` is the lane's state right after this sequence, an int64
+    vector; to resume after it, plan on from there.
+    """
+
+    lane: int
+    index: int  # the lane's own count of sequences, from 0
+    documents: tuple[PlannedDocument, ...]
+    lane_state: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedDocument:
+    """An encoded document whose images are pixels."""
+
+    input_ids: np.ndarray  # int32[n]
+    labels: np.ndarray  # int32[n]
+    visual_positions: np.ndarray  # int32[v], places of the visual tokens
+    tiles: np.ndarray  # uint8[tiles, 3, S, S]
+    patch_mask: np.ndarray  # bool[tiles, P], False where the patch is padding
+    grids: np.ndarray  # int32[images, 2], (columns, rows)
+    source: int
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Skip:
+    """A sample that was not used, and why: a line of quarantine.jsonl."""
+
+    source: str
+    shard: str
+    key: str
+    offset: int  # bytes from the start of the shard, -1 if unknown
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class PackedSequence:
+    """Documents laid end to end within the token and tile budgets.
+
+    `skipped` lists documents whose images failed to decode: the sequence
+    stays short and nothing else changes.
+    """
+
+    lane: int
+    index: int
+    documents: tuple[DecodedDocument, ...]
+    skipped: tuple[Skip, ...]
+    lane_state: np.ndarray
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return tuple(document.key for document in self.documents)
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(document.input_ids) for document in self.documents)
+
+    @property
+    def valid_labels(self) -> int:
+        return sum(int((document.labels != IGNORE_LABEL).sum()) for document in self.documents)
+
+
+@dataclass(slots=True)
+class MicroBatch:
+    """What one forward takes: T tokens without padding, D documents.
+
+    Labels are aligned with `input_ids` (not shifted): the loss at position i
+    predicts `labels[i + 1]`, and never crosses a document.  A micro-batch
+    always has a tile: `dummy` is True where it had no image, and then its one
+    tile reaches the loss with weight zero.
+    """
+
+    input_ids: torch.Tensor  # int64[T]
+    labels: torch.Tensor  # int64[T]
+    position_ids: torch.Tensor  # int64[T], restart at each document
+    cu_seqlens: torch.Tensor  # int32[D+1]
+    doc_lens: list[int]  # the same lengths as Python ints, to spare a device sync
+    max_seqlen: int
+    source: torch.Tensor  # int32[D]
+    pair: torch.Tensor  # int32[D]: number of the preference pair, -1 if none
+    tiles: torch.Tensor  # uint8[N, 3, S, S]
+    patch_mask: torch.Tensor  # bool[N, P]
+    tile_to_image: torch.Tensor  # int32[N]
+    grid: torch.Tensor  # int32[I, 2]
+    visual_token_index: torch.Tensor  # int64[V], places in input_ids; V = N * tokens_per_tile unless dummy
+    keys: list[str] = field(default_factory=list)
+    dummy: bool = False
+
+    @property
+    def valid_labels(self) -> int:
+        # The first label of a document has nothing before it to predict it;
+        # the packer sets it to IGNORE_LABEL, so this is the loss's normaliser.
+        return int((self.labels != IGNORE_LABEL).sum())
