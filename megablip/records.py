@@ -9,7 +9,7 @@ V visual tokens, P patches of a tile and S pixels of a tile's side.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -208,8 +208,36 @@ class MicroBatch:
     keys: list[str] = field(default_factory=list)
     dummy: bool = False
 
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same with its tensors on `device`."""
+        moved = {
+            f.name: value.to(device, non_blocking=True) if hasattr(value, "to") else value
+            for f in fields(self)
+            for value in [getattr(self, f.name)]
+        }
+        return MicroBatch(**moved)
+
     @property
     def valid_labels(self) -> int:
         # The first label of a document has nothing before it to predict it;
         # the packer sets it to IGNORE_LABEL, so this is the loss's normaliser.
         return int((self.labels != IGNORE_LABEL).sum())
+
+
+MASTER = "fp32"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True, slots=True)
+class LocalSlice:
+    """The flat elements [start, end) of a parameter that a rank owns.
+
+    `tensors` maps MASTER and MOMENTS to fp32 vectors of length end - start,
+    on the host.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+    tensors: dict[str, torch.Tensor]

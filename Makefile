@@ -1,0 +1,50 @@
+# Everything runs from a virtual environment that these targets create.
+#
+#   make demo        the main job: shards to a trained model that reads digits
+#   make hello       the same path at its smallest, one rank, two minutes
+#   make test        the tests;  make test-all  adds the slow ones
+#   make bench       all benchmarks, side by side with their rivals
+#   make lint        style and formatting
+#
+# Where there is a GPU, plain `pip install torch` brings the right build. To
+# choose another build of torch, say which and where pip finds it:
+#   make test TORCH='torch==2.13.0' TORCH_PIP_ARGS='--index-url URL-OF-THE-CPU-WHEELS'
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+TORCH_PIP_ARGS ?=
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo hello test test-all bench lint clean
+
+demo: $(INSTALLED)
+	$(BIN)/python -m tools.demo
+
+hello: $(INSTALLED)
+	$(BIN)/python -m tools.demo --hello
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(INSTALLED)
+	$(BIN)/python -m pytest --durations=20
+
+bench: $(INSTALLED)
+	$(BIN)/python -m tools.bench all
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+# torch first: whatever else asks for it then finds it there.
+$(INSTALLED): setup.cfg pyproject.toml constraints-cpu.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $(TORCH_PIP_ARGS) '$(TORCH)'
+	$(BIN)/pip install --quiet --constraint constraints-cpu.txt --editable '.[dev]'
+	touch $@

@@ -1,0 +1,84 @@
+"""A Hugging Face export, read slice by slice, as the start of a run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from megablip.errors import CheckpointError
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class ExportReader:
+    """Reads the safetensors files of an export folder, sharded or not.
+
+    Raises:
+        CheckpointError: no weights in the folder, a tensor that is missing or
+            of another shape.
+    """
+
+    def __init__(self, folder: Path | str):
+        self.folder = Path(folder)
+        self._open: dict[str, safe_open] = {}
+        index = self.folder / _INDEX
+        if index.exists():
+            self._file_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        elif (self.folder / _SINGLE).exists():
+            self._file_of = dict.fromkeys(self._file(_SINGLE).keys(), _SINGLE)
+        else:
+            raise CheckpointError(
+                "the folder holds no model weights",
+                where=str(self.folder),
+                remedy=f"an export has {_SINGLE} or {_INDEX}; make one with `megablip convert`",
+            )
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(self._file_of)
+
+    def read(self, name: str, kind: str, shape: tuple[int, ...], start: int, end: int) -> torch.Tensor:
+        """fp32 vector of the elements [start, end) of a weight, flattened.
+
+        `kind` is there to fit the engine's reader; an export has weights only.
+        """
+        if name not in self._file_of:
+            raise CheckpointError(f"the export has no weight {name}", where=str(self.folder))
+        stored = self._file(self._file_of[name]).get_slice(name)
+        if tuple(stored.get_shape()) != tuple(shape):
+            raise CheckpointError(
+                f"{name} is {tuple(stored.get_shape())} in the export and {tuple(shape)} in the model",
+                where=str(self.folder),
+                remedy="config.json and the weights must belong together",
+            )
+        # Only the rows that the slice touches are read.
+        row = math.prod(shape[1:])
+        first, last = start // row, -(-end // row)
+        return stored[first:last].reshape(-1)[start - first * row : end - first * row].float()
+
+    def hash(self) -> str:
+        """SHA-256 over names, sizes and bytes of the weight files."""
+        digest = hashlib.sha256()
+        for name in sorted(set(self._file_of.values())):
+            digest.update(name.encode())
+            digest.update(file_hash(self.folder / name).encode())
+        return digest.hexdigest()
+
+    def _file(self, name: str) -> safe_open:
+        if name not in self._open:
+            try:
+                self._open[name] = safe_open(self.folder / name, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"the file can't be read: {error}", where=str(self.folder / name)) from None
+        return self._open[name]
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,94 @@
+"""The installed command: `megablip train | convert | eval | doctor`.
+
+Heavy imports wait until a verb needs them, so that help and the errors of a
+recipe come at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megablip.errors import MegablipError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+convert_app = typer.Typer(no_args_is_help=True, help="Convert checkpoints.")
+app.add_typer(convert_app, name="convert")
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.subkey=value ...")] = None,
+) -> None:
+    """Train as a recipe says, on this machine's ranks.
+
+    Ends with 0 when the run is finished, 75 when it was asked to stop and has
+    saved (start it again to go on), 1 when it failed.
+    """
+    from megablip.launch import launch
+
+    raise typer.Exit(launch(recipe, overrides or []))
+
+
+@convert_app.command("zero-to-hf")
+def zero_to_hf(
+    source: Annotated[Path, typer.Argument(help="run directory, or one of its checkpoints")],
+    output: Annotated[Path, typer.Argument(help="folder to write")],
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "fp32",
+) -> None:
+    """Turn a committed checkpoint into Hugging Face weights, config and tokenizer."""
+    from megablip.checkpoint.convert import zero_to_hf
+
+    zero_to_hf(source, output, dtype)
+
+
+@convert_app.command("init")
+def init(
+    output: Annotated[Path, typer.Argument(help="folder to write")],
+    tower: Annotated[Path, typer.Option(help="folder of a SigLIP vision model")],
+    tokenizer: Annotated[Path, typer.Option(help="folder of a tokenizer with the added tokens")],
+    model: Annotated[Path, typer.Option(help="YAML: decoder, sampler and grids")],
+    seed: int = 0,
+) -> None:
+    """Make the folder a stage starts from: a given tower, the rest random."""
+    from megablip.checkpoint.convert import init_model
+
+    init_model(output, tower=tower, tokenizer=tokenizer, model=model, seed=seed)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="folder of a Hugging Face export")],
+    shards: Annotated[str, typer.Argument(help="held-out shards: path, glob or braces")],
+    output: Annotated[Path, typer.Option(help="folder for results.json and report.html")],
+    run_dir: Annotated[Path | None, typer.Option(help="run whose loss curve the report shows")] = None,
+    limit: Annotated[int | None, typer.Option(help="images at most")] = None,
+) -> None:
+    """Read the text of held-out images by greedy generation; count exact matches."""
+    from megablip.evaluate.reading import evaluate_reading
+
+    evaluate_reading(model, shards, output, run_dir=run_dir, limit=limit)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has and whether a run would start."""
+    from megablip.doctor import doctor
+
+    raise typer.Exit(doctor())
+
+
+def main() -> None:
+    try:
+        app()
+    except MegablipError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

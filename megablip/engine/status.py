@@ -1,0 +1,53 @@
+"""RUN/status.json: the run's attempts and how each ended.
+
+The deepspeed launcher's exit code does not tell how a run ended, so this file
+does.  It is written by the first rank and read by whoever started the ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+Outcome = Literal["running", "finished", "stopped", "failed"]
+
+# sysexits.h EX_TEMPFAIL: asked to stop, saved; start again to go on.
+EXIT_CODES: dict[str, int] = {"finished": 0, "stopped": 75, "failed": 1, "running": 1}
+
+
+class RunStatus:
+    """Reads and writes the attempts of one run."""
+
+    def __init__(self, run_dir: Path):
+        self._path = run_dir / "status.json"
+
+    @property
+    def attempts(self) -> list[dict[str, Any]]:
+        try:
+            return json.loads(self._path.read_text())["attempts"]
+        except (OSError, ValueError, KeyError):
+            return []
+
+    def begin(self, ranks: int) -> None:
+        attempt = {
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "host": socket.gethostname(),
+            "ranks": ranks,
+            "outcome": "running",
+        }
+        self._write([*self.attempts, attempt])
+
+    def update(self, **changes: Any) -> None:
+        """Change fields of the newest attempt, such as last_step or outcome."""
+        attempts = self.attempts
+        attempts[-1] |= changes
+        self._write(attempts)
+
+    def _write(self, attempts: list[dict[str, Any]]) -> None:
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"attempts": attempts}, indent=1))
+        os.replace(temporary, self._path)

@@ -1,0 +1,84 @@
+"""Who this process is among the ranks, and how they meet.
+
+Ranks are started by the deepspeed launcher, torchrun, or srun; the five
+variables that torch.distributed needs are filled in here from whichever of
+them is there, so nothing falls back to MPI discovery.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+# torch's and SLURM's name of each rendezvous variable, and its value when a
+# process was started by hand, alone.
+_RENDEZVOUS = {
+    "RANK": ("SLURM_PROCID", "0"),
+    "WORLD_SIZE": ("SLURM_NTASKS", "1"),
+    "LOCAL_RANK": ("SLURM_LOCALID", "0"),
+    "MASTER_ADDR": (None, "127.0.0.1"),
+    "MASTER_PORT": (None, "29500"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """This process's place. `rank` and `world` are data-parallel."""
+
+    rank: int
+    world: int
+    local_rank: int
+    device: Any  # torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value`, in rank order, on every rank. Small values only."""
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        self.gather(None)
+
+
+def init_distributed(timeout_s: int, threads: int = 0) -> Topology:
+    """Join the process group: NCCL where there is a GPU, else gloo.
+
+    Args:
+        timeout_s: seconds after which a waiting collective fails.
+        threads: CPU threads of this rank; 0 leaves torch's choice.
+    """
+    for name, (slurm_name, alone) in _RENDEZVOUS.items():
+        os.environ.setdefault(name, os.environ.get(slurm_name or "", alone))
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if threads:
+        torch.set_num_threads(threads)
+
+    import deepspeed
+
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if on_gpu:
+        torch.cuda.set_device(local_rank)
+    deepspeed.init_distributed(
+        dist_backend="nccl" if on_gpu else "gloo",
+        auto_mpi_discovery=False,
+        timeout=timedelta(seconds=timeout_s),
+        verbose=False,
+    )
+    return Topology(
+        rank=int(os.environ["RANK"]),
+        world=int(os.environ["WORLD_SIZE"]),
+        local_rank=local_rank,
+        device=torch.device("cuda", local_rank) if on_gpu else torch.device("cpu"),
+    )

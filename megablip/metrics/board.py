@@ -1,0 +1,91 @@
+"""What a run writes down: TensorBoard, metrics.jsonl, and a line on the terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+
+class Board:
+    """Writes scalars of each step; made by the first rank only.
+
+    On resume everything after `start_step` is taken back, in TensorBoard by
+    `purge_step`, so that no curve doubles.
+
+    Args:
+        start_step: steps done when this attempt begins.
+    """
+
+    def __init__(self, run_dir: Path, start_step: int):
+        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+        self._jsonl = run_dir / "metrics.jsonl"
+        kept = [point for point in read_metrics(run_dir) if point["step"] <= start_step]
+        self._jsonl.write_text("".join(json.dumps(point) + "\n" for point in kept))
+        self._stream = self._jsonl.open("a", buffering=1)
+        self._warned = False
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        """One point of each scalar. A full disk is reported once and does not stop the run."""
+        try:
+            self._stream.write(json.dumps({"step": step, **scalars}) + "\n")
+            for name, value in scalars.items():
+                self._tensorboard.add_scalar(name, value, step)
+        except OSError as error:
+            if not self._warned:
+                print(f"metrics can't be written: {error}; training goes on", file=sys.stderr, flush=True)
+            self._warned = True
+
+    def text(self, name: str, text: str) -> None:
+        self._tensorboard.add_text(name, text)
+
+    def close(self) -> None:
+        try:
+            self._stream.close()
+            self._tensorboard.close()
+        except OSError as error:
+            print(f"metrics can't be written: {error}", file=sys.stderr, flush=True)
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The points of RUN/metrics.jsonl; a line cut off by a crash is left out."""
+    try:
+        lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    points = []
+    for line in lines:
+        try:
+            points.append(json.loads(line))
+        except ValueError:
+            continue
+    return points
+
+
+class ProgressLine:
+    """One line that is rewritten on a terminal, and repeated every 10 s elsewhere."""
+
+    _PERIOD_S = {True: 0.5, False: 10.0}
+
+    def __init__(self) -> None:
+        self._on_terminal = sys.stdout.isatty()
+        self._last = 0.0
+        self._started = time.monotonic()
+        self._first_share: float | None = None
+
+    def show(self, step: int, share: float, facts: dict[str, str]) -> None:
+        """Args: share: how much of the whole duration is done, 0 to 1."""
+        now = time.monotonic()
+        if self._first_share is None:
+            self._first_share, self._started = share, now
+        if now - self._last < self._PERIOD_S[self._on_terminal] and share < 1:
+            return
+        self._last = now
+        gained = share - self._first_share
+        left = f"{(now - self._started) * (1 - min(share, 1)) / gained:.0f} s left" if gained > 0 else "..."
+        line = " | ".join([f"step {step}", f"{min(share, 1):4.0%}", *(f"{k} {v}" for k, v in facts.items()), left])
+        print(f"\r\033[K{line}" if self._on_terminal else line, end="" if self._on_terminal else "\n", flush=True)

@@ -1,0 +1,49 @@
+"""A model's visual layout, read from its folder without torch or transformers.
+
+Data workers need only this much of a model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megablip.errors import ConfigError
+from megablip.records import VisualLayout
+
+
+def read_layout(model_path: str | Path) -> VisualLayout:
+    """The layout of the model in the folder `model_path`.
+
+    Raises:
+        ConfigError: no readable config.json, or not the one of a megablip model.
+    """
+    path = Path(model_path) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"the model's config can't be read: {error}",
+            where=str(path),
+            remedy="name a folder written by save_pretrained or `megablip convert`",
+        ) from None
+    try:
+        return layout_from_config(config)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"this is no config of a megablip model: {type(error).__name__} {error}",
+            where=str(path),
+            remedy="convert the model first with `megablip convert`",
+        ) from None
+
+
+def layout_from_config(config: Mapping[str, Any]) -> VisualLayout:
+    """The layout that a model config, as the mapping in its JSON file, describes."""
+    return VisualLayout(
+        tile_size=int(config["vision_config"]["image_size"]),
+        patch_size=int(config["vision_config"]["patch_size"]),
+        tokens_per_tile=int(config["sampler"]["num_latents"]),
+        grids=tuple((int(columns), int(rows)) for columns, rows in config["grids"]),
+    )

@@ -1,0 +1,302 @@
+"""The training loop. One process of this is one data-parallel rank.
+
+    megablip train RECIPE                                        checks, then starts the ranks
+    torchrun --nproc-per-node 2 -m megablip.train RUN/config.yaml    the ranks by hand
+
+Read top to bottom: `main` turns errors into messages, `run` builds the parts
+and finds where to begin, `Trainer.train` loops, `Trainer.step` is one step.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megablip.checkpoint.commit import CheckpointStore
+from megablip.checkpoint.export import ExportReader, file_hash
+from megablip.checkpoint.slices import SliceReader, write_slices
+from megablip.config import Config, dump_config, load_config
+from megablip.data.loader import Loader, StepBatch, micro_batches_per_step
+from megablip.engine.health import StopSignal
+from megablip.engine.optimizer import learning_rate
+from megablip.engine.status import Outcome, RunStatus
+from megablip.engine.symmetry import StepReport, exchange
+from megablip.engine.topology import Topology, init_distributed
+from megablip.engine.zero import ZeroEngine, complete_ds_config
+from megablip.errors import CheckpointError, ConfigError, MegablipError, RankMismatchError
+from megablip.metrics.board import Board, ProgressLine
+from megablip.model.attention import select_backend
+from megablip.model.blip3 import Blip3Config, Blip3ForConditionalGeneration
+from megablip.model.vision import encode_tiles, load_tower
+
+
+def main() -> None:
+    stop = StopSignal().install()
+    config = load_config(sys.argv[1])
+    topology = init_distributed(config.engine.timeout_s, config.engine.threads)
+    status = RunStatus(Path(config.run_dir))
+    if topology.is_first:
+        status.begin(topology.world)
+    try:
+        run(config, topology, status, stop)
+    except Exception as error:
+        known = isinstance(error, MegablipError)
+        text = f"{type(error).__name__}: {error}" if known else traceback.format_exc()
+        print(f"[rank {topology.rank}] {text}", file=sys.stderr, flush=True)
+        if topology.is_first:
+            status.update(outcome="failed", reason=f"{type(error).__name__}: {error}")
+        sys.exit(1)
+
+
+@dataclass
+class Progress:
+    """Where training stands; the global batch's counts, the same on all ranks."""
+
+    step: int = 0
+    tokens: int = 0
+    documents: int = 0
+
+
+def run(config: Config, topology: Topology, status: RunStatus, stop: StopSignal) -> None:
+    """Build the parts, begin or resume, train, save."""
+    run_dir, say = Path(config.run_dir), _speaker(topology)
+    torch.manual_seed(config.seed + topology.rank)
+    model_config = Blip3Config.from_pretrained(config.model.path)
+    export = ExportReader(config.model.path)
+    base = {"model": export.hash(), "tokenizer": file_hash(Path(config.model.path) / "tokenizer.json")}
+
+    say(f"attention: {select_backend(topology.device).reason}")
+    micro_batches = micro_batches_per_step(config, topology.world)
+    ds_config = complete_ds_config(config.engine, config.optimizer.clip_norm, micro_batches, topology.device.type)
+    say(f"DeepSpeed: {ds_config}")
+    engine = ZeroEngine(
+        lambda: Blip3ForConditionalGeneration(model_config, with_vision_tower=False),
+        ds_config,
+        config.optimizer,
+        topology,
+    )
+    tower = load_tower(config.model.path, model_config, config.engine.precision, topology.device)
+
+    store = CheckpointStore(run_dir / "checkpoints", config.checkpoint.keep, topology)
+    progress, lane_states = Progress(), None
+    checkpoint = store.newest(say) if config.resume == "auto" else None
+    if checkpoint is None:
+        engine.load(export.read, moments=False)
+        say(f"starting from {config.model.path}")
+    else:
+        state = checkpoint.trainer_state
+        for name, digest in base.items():
+            if state["base"][name] != digest:
+                raise ConfigError(
+                    f"the {name} of model.path is not the one this run began with",
+                    where=f"{config.model.path}, {checkpoint.folder}",
+                    remedy="give the folder the run began with, or start a new run_dir",
+                )
+        reader = SliceReader(checkpoint.folder)
+        engine.load(reader.read, moments=True, adam_step=state["adam_step"])
+        _restore_rng(reader.rng_states(topology.rank))
+        progress, lane_states = Progress(**state["progress"]), checkpoint.lane_states()
+        say(f"resumed from {checkpoint.folder.name}")
+
+    board = Board(run_dir, progress.step) if topology.is_first else None
+    if board:
+        board.text("config", f"```yaml\n{dump_config(config)}```")
+    loader = Loader(
+        config, config.model.path, model_config.layout, topology.rank, topology.world, lane_states, progress.step
+    )
+    trainer = Trainer(config, topology, engine, tower, loader, store, base, progress, board, stop, say)
+    with loader:
+        outcome = trainer.train()
+    if board:
+        board.close()
+        status.update(outcome=outcome, last_step=progress.step)
+        say(f"{outcome} at step {progress.step}: {progress.tokens} tokens, {progress.documents} documents")
+        say(f"waited for data {trainer.data_wait_s / max(trainer.loop_s, 1e-9):.1%} of {trainer.loop_s:.0f} s")
+    topology.barrier()  # a rank that ends early must not take the others with it
+
+
+@dataclass
+class Trainer:
+    """The loop and what it needs."""
+
+    config: Config
+    topology: Topology
+    engine: ZeroEngine
+    tower: torch.nn.Module
+    loader: Loader
+    store: CheckpointStore
+    base: dict[str, str]  # hashes of what the run began with
+    progress: Progress
+    board: Board | None
+    stop: StopSignal
+    say: Callable[[str], None]
+    data_wait_s: float = 0.0
+    loop_s: float = 0.0
+
+    def train(self) -> Outcome:
+        """Step until the duration is done or any rank is asked to stop; save; the outcome."""
+
+        line, began = ProgressLine(), time.perf_counter()
+        lane_states = None  # of the last step trained, not of the last one fetched
+        while not self.finished and self.progress.step != self.config.stop_after_steps:
+            batch, total = self.fetch()
+            if total.stop:
+                self.say(f"asked to stop at step {self.progress.step}; saving")
+                break
+            scalars = self.step(batch, total)
+            lane_states = batch.lane_states
+            self.loop_s = time.perf_counter() - began
+            if self.board:
+                if self.progress.step % self.config.log.every_steps == 0:
+                    self.board.write(self.progress.step, scalars)
+                line.show(self.progress.step, self.share_done, _facts(scalars))
+            if self.progress.step % self.config.checkpoint.every_steps == 0 and not self.finished:
+                try:
+                    self.save(lane_states)
+                except CheckpointError as error:
+                    self.say(f"checkpoint not saved, training goes on: {error}")
+        if lane_states is not None:
+            self.save(lane_states)
+        return "finished" if self.finished else "stopped"
+
+    def fetch(self) -> tuple[StepBatch, StepReport]:
+        """This rank's share of the next global batch, and what all ranks know of it.
+
+        A rank that fails to get its share still takes part in the exchange, so
+        that the others end with a reason instead of waiting for it.
+        """
+        began, batch, failure = time.perf_counter(), None, None
+        try:
+            batch = next(self.loader)
+        except MegablipError as error:
+            failure = error
+        self.data_wait_s += time.perf_counter() - began
+        total = exchange(
+            StepReport(
+                step=self.progress.step,
+                micro_batches=self.engine.micro_batches,
+                tokens=batch.tokens if batch else 0,
+                documents=batch.documents if batch else 0,
+                valid_labels=batch.valid_labels if batch else 0,
+                stop=int(bool(self.stop.received)),
+                failed=int(failure is not None),
+            ),
+            self.topology,
+        )
+        if failure:
+            raise failure
+        if total.failed:
+            raise RankMismatchError("another rank could not get its data; its message says why")
+        return batch, total
+
+    def step(self, batch: StepBatch, total: StepReport) -> dict[str, float]:
+        """One optimizer step on the global batch; the scalars to log.
+
+        The gradient is that of the sum of token losses over the count of valid
+        labels of the *global* batch, however it is split into ranks and
+        micro-batches: ZeRO averages over ranks, hence the factor `world`.
+        """
+        config, progress, device = self.config, self.progress, self.topology.device
+        lr = learning_rate(config.optimizer, config.duration, step=progress.step, tokens=progress.tokens)
+        scale = self.topology.world / max(total.valid_labels, 1)
+        sources = len(config.data.sources)
+        sums = torch.zeros(2, sources + 1, dtype=torch.float64, device=device)  # last column: dummies
+        began = time.perf_counter()
+        for micro_batch in batch.micro_batches:
+            micro_batch = micro_batch.to(device)
+            features = encode_tiles(self.tower, micro_batch.tiles)
+            losses = self.engine(micro_batch=micro_batch, vision_features=features)
+            self.engine.backward(losses.sum * scale)
+            self.engine.step(lr)
+            sums[0].index_add_(0, micro_batch.source % (sources + 1), losses.per_document.double())
+            sums[1].index_add_(0, micro_batch.source % (sources + 1), losses.valid_per_document.double())
+        dist.all_reduce(sums)
+        elapsed = time.perf_counter() - began
+
+        progress.step += 1
+        progress.tokens += total.tokens
+        progress.documents += total.documents
+        scalars = {
+            "loss": float(sums[0].sum() / sums[1].sum().clamp(min=1)),
+            "grad_norm": self.engine.grad_norm,
+            "learning_rate": lr,
+            "tokens_seen": progress.tokens,
+            "documents_seen": progress.documents,
+            "tokens_per_s": total.tokens / elapsed,
+            "data_wait_share": self.data_wait_s / (self.loop_s + elapsed),
+            "padding_share": 1 - total.tokens / self.slots_per_step,
+            "step_skipped": float(not self.engine.was_step_applied),
+        }
+        for number, source in enumerate(config.data.sources):
+            if sums[1, number] > 0:
+                scalars[f"loss_by_source/{source.name}"] = float(sums[0, number] / sums[1, number])
+        return scalars
+
+    def save(self, lane_states: dict[int, np.ndarray]) -> None:
+        """Commit a checkpoint of this moment (a collective).
+
+        Raises:
+            CheckpointError: it could not be written; earlier ones are untouched.
+        """
+        rng = {"cpu": torch.get_rng_state()}
+        if self.topology.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state()
+        folder = self.store.save(
+            self.progress.step,
+            lambda path: write_slices(path, self.engine.local_slices(), rng),
+            lane_states,
+            {
+                "progress": asdict(self.progress),
+                "adam_step": self.engine.adam_step(),
+                "base": self.base,
+                "world": self.topology.world,
+                "sources": [source.name for source in self.config.data.sources],
+            },
+        )
+        self.say(f"saved {folder}")
+
+    @property
+    def slots_per_step(self) -> int:
+        batch = self.config.batch
+        return batch.lanes * batch.sequences_per_lane * self.config.data.sequence_length
+
+    @property
+    def share_done(self) -> float:
+        return self.config.duration.done(steps=self.progress.step, tokens=self.progress.tokens)
+
+    @property
+    def finished(self) -> bool:
+        return self.share_done >= 1.0
+
+
+def _facts(scalars: dict[str, float]) -> dict[str, str]:
+    return {
+        "loss": f"{scalars['loss']:.4f}",
+        "tokens/s": f"{scalars['tokens_per_s']:,.0f}",
+        "lr": f"{scalars['learning_rate']:.1e}",
+        "data wait": f"{scalars['data_wait_share']:.1%}",
+    }
+
+
+def _speaker(topology: Topology) -> Callable[[str], None]:
+    """Prints on the first rank only."""
+    return lambda text: print(text, flush=True) if topology.is_first else None
+
+
+def _restore_rng(states: dict[str, torch.Tensor]) -> None:
+    if "cpu" in states:
+        torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Train tokenizers for megablip models: `python -m tokenization --help`."""
