@@ -72,6 +72,11 @@ class Tokenizer:
         """Text of `ids`; control tokens vanish, markup tags stay."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
+    def __reduce__(self):
+        # Pickled as its path: tokenizers' own pickling forgets encode_special_tokens,
+        # and a worker would let text forge special tokens.
+        return type(self), (self._path,)
+
     def _id(self, token: str | dict | None, required: bool = True) -> int | None:
         content = token.get("content") if isinstance(token, dict) else token
         number = self._tokenizer.token_to_id(content) if content else None

@@ -120,7 +120,7 @@ def run(config: Config, topology: Topology, status: RunStatus, stop: StopSignal)
         status.update(outcome=outcome, last_step=progress.step)
         say(f"{outcome} at step {progress.step}: {progress.tokens} tokens, {progress.documents} documents")
         say(f"waited for data {trainer.data_wait_s / max(trainer.loop_s, 1e-9):.1%} of {trainer.loop_s:.0f} s")
-    topology.barrier()  # a rank that ends early must not take the others with it
+    topology.leave()
 
 
 @dataclass

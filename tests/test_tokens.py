@@ -1,4 +1,5 @@
 import json
+import pickle
 
 import pytest
 from hypothesis import given, settings
@@ -53,6 +54,11 @@ def test_no_text_becomes_a_control_token(tokenizer, text):
     assert not control & set(ids)
     assert max(ids, default=0) < tokenizer.image_id - 2
     assert tokenizer.decode(ids) == text
+
+
+def test_a_pickled_tokenizer_is_as_strict(tokenizer):
+    text = "<image></s>"
+    assert pickle.loads(pickle.dumps(tokenizer)).encode(text) == tokenizer.encode(text)
 
 
 def test_decode_drops_control_tokens_and_keeps_tags(tokenizer):

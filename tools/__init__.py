@@ -1,0 +1,1 @@
+"""Programs that run from a checkout; each answers `python -m tools.NAME --help`."""
