@@ -49,7 +49,7 @@ PAIR_DIGITS = (1, 3)
 
 # The test set, in the order of its keys: (canvas, digits, images).
 TEST = [
-    *(((96, 48), 3, 640),),
+    ((96, 48), 3, 640),
     *(((96, 48), count, 80) for count in (4, 5, 6)),
     *(((144, 48), count, 80) for count in (6, 7, 8, 9)),
 ]
@@ -178,7 +178,10 @@ def make_demo_shards(out: Path, documents: int, seed: int, progress: Progress) -
         return texts
 
     for kind, share in KINDS.items():
-        for split, maker, total in (("train", train, documents), ("validation", validation, documents * VALIDATION_SHARE)):
+        for split, maker, total in (
+            ("train", train, documents),
+            ("validation", validation, documents * VALIDATION_SHARE),
+        ):
             count = max(1, round(share * total))
             texts = write(split, kind, maker.samples(kind, count), count)
             corpus += texts if split == "train" else []

@@ -27,7 +27,6 @@ import traceback
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -284,10 +283,10 @@ class Loader:
         began = time.perf_counter()
         with self._changed:
             self._changed.wait_for(lambda: self._ready or self._failure or self._closed)
-            if self._failure:
-                raise self._failure
             if self._closed:
                 raise StopIteration
+            if self._failure:
+                raise self._failure
             batch = self._ready.popleft()
             self._changed.notify_all()
         batch.data_wait_s = time.perf_counter() - began
@@ -583,7 +582,7 @@ class _SampleReader:
                 f"planned with {planned.tokens} tokens and {planned.tiles} tiles, "
                 f"but it has {len(document.input_ids)} and {document.tiles}",
                 where=f"source {document.source}, key {document.key}",
-                remedy="the tokenizer, the layout or the shard changed since it was planned: undo that, or start a new run",
+                remedy="the tokenizer, the layout or the shard changed since: undo that, or start a new run",
             )
         return self._encoder.decode(document, planned.address.source)
 

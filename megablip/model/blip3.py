@@ -1,0 +1,333 @@
+"""The large multimodal model: vision tower, Perceiver resampler, decoder.
+
+    tiles -> vision tower -> sampler -> put in place of <image> ids -> decoder
+
+Importing this module registers it with transformers' Auto classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers import initialization as init
+from transformers.configuration_utils import SubConfigSpec
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import ModelOutput
+
+from megablip.errors import ConfigError, PackingError
+from megablip.model.attention import ATTENTION
+from megablip.model.layout import layout_from_config
+from megablip.model.loss import LossHead
+from megablip.model.packing import PackedLayout
+from megablip.model.processor import Blip3Processor
+from megablip.model.samplers import PerceiverResampler, regroup_released
+from megablip.model.vision import build_tower, encode_tiles, freeze
+from megablip.records import IGNORE_LABEL, MicroBatch, VisualLayout
+
+# The released model (arXiv 2408.08872 v1): sizes of its sampler and its tile templates.
+_SAMPLER = {"depth": 6, "heads": 16, "dim_head": 96, "num_latents": 128, "ff_mult": 4}
+_GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+
+
+class Blip3Config(PreTrainedConfig):
+    """Defaults are the released xGen-MM's, with Phi-3-mini and SigLIP-so400m.
+
+    Args:
+        text_config: of any transformers causal language model; its embeddings must not be tied.
+        vision_config: of the tower.
+        sampler: sizes of the PerceiverResampler: depth, heads, dim_head, num_latents
+            (visual tokens of a tile), ff_mult.
+        grids: (columns, rows) templates of an image's tiles.
+        tile_layout: `crops` gives the sampler one crop at a time; `released` regroups
+            them as released weights need (samplers.regroup_released).
+        image_token_id: the id that stands for one visual token.
+        head_bias: whether the output head has a bias; released weights have one.
+    """
+
+    model_type = "megablip"
+    sub_configs_defaults = {  # noqa: RUF012
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="phi3"),
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="siglip_vision_model"),
+    }
+
+    text_config: dict | PreTrainedConfig | None = None
+    vision_config: dict | PreTrainedConfig | None = None
+    sampler: dict | None = None
+    grids: list | tuple = _GRIDS
+    tile_layout: Literal["crops", "released"] = "crops"
+    image_token_id: int = 32012
+    pad_token_id: int | None = 32011
+    head_bias: bool = True
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.sampler = _SAMPLER | (self.sampler or {})
+        self.grids = [list(grid) for grid in self.grids]
+
+    @property
+    def layout(self) -> VisualLayout:
+        """How this model's images become tiles and visual tokens."""
+        return layout_from_config(
+            {"vision_config": vars(self.vision_config), "sampler": self.sampler, "grids": self.grids}
+        )
+
+    def check(self) -> None:
+        """Raises ConfigError for what can't be built or trained."""
+        if self.tie_word_embeddings or self.text_config.tie_word_embeddings:
+            raise ConfigError(
+                "the decoder ties its output head to its input embeddings, which is not supported",
+                where="text_config.tie_word_embeddings",
+                remedy="untie them (copy the embeddings into an lm_head) and set it to false",
+            )
+        if self.image_token_id >= self.text_config.vocab_size:
+            raise ConfigError(
+                f"the decoder has {self.text_config.vocab_size} embedding rows and none for id {self.image_token_id}",
+                where="image_token_id",
+                remedy="raise text_config.vocab_size to the tokenizer's size",
+            )
+
+
+@dataclass
+class PackedLoss(ModelOutput):
+    """What a training forward returns; all float32.
+
+    Attributes:
+        loss: the summed loss over the micro-batch's labels; carries the gradient.
+        document_loss: [D] sums, detached.
+        document_labels: [D] how many labels each sum is over.
+    """
+
+    loss: Tensor | None = None
+    document_loss: Tensor | None = None
+    document_labels: Tensor | None = None
+
+
+class Blip3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """The LMM, with two ways in.
+
+    Training: `model(packed=micro_batch, vision_features=features)` -> PackedLoss.
+    One call of the sampler and one of the head whatever the batch holds, so that
+    ZeRO-3's ranks agree, and every parameter of both gets a gradient.
+
+    Inference: `model(input_ids, attention_mask, tiles=..., patch_mask=..., grids=...)`
+    and `model.generate(...)` with the same arguments, as Blip3Processor makes them.
+
+    Args:
+        with_vision_tower: False leaves `vision_tower` None, for a trainer that keeps
+            the frozen tower elsewhere and gives `vision_features`.
+    """
+
+    config: Blip3Config
+    config_class = Blip3Config
+    main_input_name = "input_ids"
+    base_model_prefix = ""
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _no_split_modules = ["PerceiverAttention"]  # noqa: RUF012
+
+    def __init__(self, config: Blip3Config, with_vision_tower: bool = True):
+        super().__init__(config)
+        config.check()
+        self.vision_tower = build_tower(config.vision_config) if with_vision_tower else None
+        self.sampler = PerceiverResampler(
+            dim=config.vision_config.hidden_size, output_dim=config.text_config.hidden_size, **config.sampler
+        )
+        self.decoder = AutoModelForCausalLM.from_config(
+            config.text_config, attn_implementation=config.text_config._attn_implementation or ATTENTION
+        )
+        head = self.decoder.get_output_embeddings()
+        self.decoder.set_output_embeddings(LossHead(head.in_features, head.out_features, bias=config.head_bias))
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """The sampler's; tower and decoder have their own. torch's defaults, as in the released code."""
+        if isinstance(module, PerceiverResampler):
+            init.normal_(module.latents)
+        elif isinstance(module, nn.Linear):
+            init.kaiming_uniform_(module.weight, a=5**0.5)
+            if module.bias is not None:
+                bound = module.in_features**-0.5
+                init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+
+    def train(self, mode: bool = True) -> Blip3ForConditionalGeneration:
+        super().train(mode)
+        if self.vision_tower is not None:
+            freeze(self.vision_tower)
+        return self
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.decoder.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.decoder.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.decoder.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.decoder.set_output_embeddings(new_embeddings)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        tiles: Tensor | None = None,
+        patch_mask: Tensor | None = None,
+        grids: Tensor | None = None,
+        vision_features: Tensor | None = None,
+        packed: MicroBatch | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> PackedLoss | CausalLMOutputWithPast:
+        """Training on a pack, or inference on a padded batch.
+
+        Args:
+            packed: documents laid end to end; needs `vision_features` and nothing else.
+            vision_features: [N, P, C], the tower's output for `packed.tiles` or for `tiles`.
+            input_ids: int64[B, L], with one `<image>` id for each visual token.
+            labels: int64[B, L], aligned with input_ids; gives the mean loss.
+            tiles: uint8[N, 3, S, S], those of all rows' images in order.
+            patch_mask: bool[N, P].
+            grids: int[I, 2], (columns, rows) of each image.
+
+        Raises:
+            PackingError: visual features and `<image>` ids differ in number.
+        """
+        if packed is not None:
+            return self._packed_loss(packed, vision_features)
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+            if vision_features is None and tiles is not None and len(tiles):
+                vision_features = encode_tiles(self.vision_tower, tiles)
+            if vision_features is not None:
+                index = (input_ids == self.config.image_token_id).flatten().nonzero().squeeze(1)
+                visual = self._visual_tokens(vision_features, patch_mask, grids)
+                _check_places(visual, index, where=f"a batch of {len(input_ids)} rows")
+                flat = _scatter(inputs_embeds.flatten(0, 1), index, visual)
+                inputs_embeds = flat.view_as(inputs_embeds)
+        outputs = self.decoder.base_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.get_output_embeddings()(hidden[:, kept])
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(
+                logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_LABEL
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def packed_hidden_states(self, packed: MicroBatch, vision_features: Tensor) -> tuple[Tensor, PackedLayout]:
+        """The decoder's last hidden states, [T, d], and the documents' layout."""
+        visual = self._visual_tokens(vision_features, packed.patch_mask, packed.grid)
+        embeds = self.get_input_embeddings()(packed.input_ids)
+        if packed.dummy:
+            # An empty sum is 0 whatever the features hold, and gives the sampler a gradient of
+            # exact zeros.  Without one, ZeRO-3 would step it with the gradient of an earlier step.
+            embeds = embeds + visual.flatten()[:0].sum().to(embeds.dtype)
+        else:
+            _check_places(visual, packed.visual_token_index, where=", ".join(packed.keys))
+            embeds = _scatter(embeds, packed.visual_token_index, visual)
+        layout = PackedLayout(packed.doc_lens, packed.cu_seqlens)
+        outputs = self.decoder.base_model(
+            inputs_embeds=embeds.unsqueeze(0),
+            position_ids=packed.position_ids.unsqueeze(0),
+            use_cache=False,
+            packing=layout,
+        )
+        return outputs.last_hidden_state.squeeze(0), layout
+
+    def _packed_loss(self, packed: MicroBatch, vision_features: Tensor) -> PackedLoss:
+        hidden, layout = self.packed_hidden_states(packed, vision_features)
+        total, per_row, rows = self.get_output_embeddings()(hidden, packed.labels)
+        document = layout.document_index.index_select(0, rows)
+        sums = per_row.new_zeros(2, len(packed.doc_lens))
+        sums.index_add_(1, document, torch.stack([per_row, torch.ones_like(per_row)]))
+        return PackedLoss(loss=total, document_loss=sums[0], document_labels=sums[1])
+
+    def _visual_tokens(self, features: Tensor, patch_mask: Tensor, grids: Tensor | None) -> Tensor:
+        """[N, P, C] features -> [N, tokens per tile, d]."""
+        if self.config.tile_layout == "released":
+            features, patch_mask = regroup_released(features, patch_mask, [tuple(grid) for grid in grids.tolist()])
+        return self.sampler(features, patch_mask)
+
+    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, use_cache=True, **kwargs):
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, is_first_iteration=is_first_iteration, use_cache=use_cache, **kwargs
+        )
+        if not is_first_iteration and use_cache:  # the images are in the cache
+            for name in ("tiles", "patch_mask", "grids", "vision_features"):
+                inputs.pop(name, None)
+        return inputs
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        """Beams and several samples of a prompt: repeat all its tiles together, row by row."""
+        images = {name: model_kwargs.pop(name, None) for name in ("tiles", "patch_mask", "grids", "vision_features")}
+        if expand_size > 1 and any(value is not None for value in images.values()):
+            raise ConfigError(
+                f"one prompt can't give {expand_size} sequences where images are part of it",
+                where="generate",
+                remedy="repeat the prompt in the batch instead of num_beams or num_return_sequences",
+            )
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        return input_ids, model_kwargs | {name: value for name, value in images.items() if value is not None}
+
+
+def _scatter(embeds: Tensor, index: Tensor, visual: Tensor) -> Tensor:
+    """[T, d] embeddings with the rows at `index` replaced by [N, K, d] visual tokens."""
+    return embeds.index_copy(0, index, visual.flatten(0, 1).to(embeds.dtype))
+
+
+def _check_places(visual: Tensor, index: Tensor, where: str) -> None:
+    expected = visual.shape[0] * visual.shape[1]
+    if len(index) != expected:
+        raise PackingError(
+            f"{visual.shape[0]} tiles make {expected} visual tokens, but there are {len(index)} places for them",
+            where=where,
+            remedy="give each image exactly one <image> id for each of its visual tokens",
+        )
+
+
+AutoConfig.register(Blip3Config.model_type, Blip3Config)
+AutoModel.register(Blip3Config, Blip3ForConditionalGeneration)
+AutoModelForImageTextToText.register(Blip3Config, Blip3ForConditionalGeneration)
+AutoProcessor.register(Blip3Config, Blip3Processor)

@@ -1,0 +1,114 @@
+"""From a tile's patch features to a fixed number of visual tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from megablip.model.attention import dense_attention
+
+
+class PerceiverResampler(nn.Module):
+    """Latents that read a tile's patches: the sampler of xGen-MM.
+
+    Shape and parameter names are those of the released weights (salesforce/LAVIS,
+    branch xgen-mm, helpers.py): blocks work at the tower's width, the projection
+    to the decoder's width comes last.  Media carry no position encoding.  At full
+    size (width 1152, 6 layers, 16 heads x 96, 128 latents, 3072 out) it has
+    109,901,568 parameters.
+
+    Args:
+        dim: width of the vision tower's features.
+        output_dim: width of the decoder.
+        num_latents: visual tokens of a tile.
+        ff_mult: width of the feed-forward layer over `dim`.
+    """
+
+    def __init__(
+        self, *, dim: int, output_dim: int, depth: int, heads: int, dim_head: int, num_latents: int, ff_mult: int
+    ):
+        super().__init__()
+        self.latents = nn.Parameter(torch.randn(num_latents, dim))
+        self.layers = nn.ModuleList(
+            nn.ModuleList([PerceiverAttention(dim, heads, dim_head), feed_forward(dim, ff_mult)]) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(dim)
+        self.projection = nn.Linear(dim, output_dim)
+
+    def forward(self, features: Tensor, patch_mask: Tensor) -> Tensor:
+        """[N, P, dim] features, bool[N, P] (True where the patch shows the image) -> [N, num_latents, output_dim]."""
+        features = features.to(self.latents.dtype)
+        latents = self.latents.expand(len(features), -1, -1)
+        # Latents see each other always, so a tile of padding only has something to attend to.
+        visible = torch.cat([patch_mask.bool(), patch_mask.new_ones(latents.shape[:2], dtype=torch.bool)], dim=1)
+        mask = visible[:, None, None, :]
+        for attention, feed in self.layers:
+            latents = latents + attention(features, latents, mask)
+            latents = latents + feed(latents)
+        return self.projection(self.norm(latents))
+
+
+class PerceiverAttention(nn.Module):
+    """Latents attend to the media and to themselves."""
+
+    def __init__(self, dim: int, heads: int, dim_head: int):
+        super().__init__()
+        inner = heads * dim_head
+        self.heads, self.scale = heads, dim_head**-0.5
+        self.norm_media = nn.LayerNorm(dim)
+        self.norm_latents = nn.LayerNorm(dim)
+        self.to_q = nn.Linear(dim, inner, bias=False)
+        self.to_kv = nn.Linear(dim, inner * 2, bias=False)
+        self.to_out = nn.Linear(inner, dim, bias=False)
+
+    def forward(self, media: Tensor, latents: Tensor, mask: Tensor) -> Tensor:
+        """[N, P, dim], [N, K, dim], bool[N, 1, 1, P + K] -> [N, K, dim]."""
+        latents = self.norm_latents(latents)
+        query = self._split(self.to_q(latents))
+        key, value = self.to_kv(torch.cat([self.norm_media(media), latents], dim=1)).chunk(2, dim=-1)
+        out = dense_attention(query, self._split(key), self._split(value), scale=self.scale, mask=mask)
+        return self.to_out(out.transpose(1, 2).flatten(2))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+def feed_forward(dim: int, mult: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.LayerNorm(dim), nn.Linear(dim, dim * mult, bias=False), nn.GELU(), nn.Linear(dim * mult, dim, bias=False)
+    )
+
+
+def regroup_released(
+    features: Tensor, patch_mask: Tensor, grids: Iterable[tuple[int, int]]
+) -> tuple[Tensor, Tensor]:
+    """Hand the sampler strips where it would get crops, as the released weights expect.
+
+    xGen-MM stitches an image's crops into one map of patches and cuts it again
+    with a plain view.  With more than one column the groups are then full-width
+    strips of patches, not crops.  Released weights were trained and served so;
+    the sampler knows no positions, so only the grouping matters.
+
+    Args:
+        features: [N, P, C], tiles of all images in order: base tile, then crops row by row.
+        patch_mask: [N, P].
+        grids: (columns, rows) of each image.  Tiles past the last image (the
+            dummy tile) stay as they are.
+    """
+    tiles, patches = patch_mask.shape
+    side = round(patches**0.5)
+    index = torch.arange(tiles * patches)
+    start = 0
+    for columns, rows in grids:
+        first, start = start + 1, start + 1 + columns * rows
+        if columns == 1:
+            continue  # the strips are the crops
+        crops = index[first * patches : start * patches]
+        crops.copy_(crops.view(rows, columns, side, side).transpose(1, 2).reshape(-1))
+    index = index.to(features.device)
+    return (
+        features.flatten(0, 1).index_select(0, index).view_as(features),
+        patch_mask.flatten().index_select(0, index).view_as(patch_mask),
+    )
