@@ -248,10 +248,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     *parents, leaf = key.split(".")
     node: Any = raw
     for number, parent in enumerate(parents):
-        if isinstance(node, list):
-            node = _list_item(node, parent, key)
-        else:
-            node = node.setdefault(parent, {})
+        node = _list_item(node, parent, key) if isinstance(node, list) else node.setdefault(parent, {})
         if not isinstance(node, dict | list):
             raise ConfigError(
                 f"{'.'.join(parents[: number + 1])} is a value, not a section", where=f"override {override}"

@@ -59,11 +59,11 @@ def _device() -> list[Finding]:
     if torch.cuda.is_available():
         names = {torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
         found = f"{torch.cuda.device_count()} x {', '.join(sorted(names))}, CUDA {torch.version.cuda}"
-        device = torch.device("cuda")
+        device = "cuda"
     else:
         found = f"no GPU; {os.cpu_count()} cores ({torch.backends.cpu.get_cpu_capability()}), gloo"
-        device = torch.device("cpu")
-    backend = select_backend(device)
+        device = "cpu"
+    backend = select_backend(device, torch.bfloat16)
     return [Finding("device", found, True), Finding("attention", f"{backend.name}: {backend.reason}", True)]
 
 

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from megablip.checkpoint.commit import CheckpointStore
-from megablip.checkpoint.export import ExportReader, file_hash
+from megablip.checkpoint.export import ExportReader, file_hash, load_tower
 from megablip.checkpoint.slices import SliceReader, write_slices
 from megablip.config import Config, dump_config, load_config
 from megablip.data.loader import Loader, StepBatch, micro_batches_per_step
@@ -35,7 +35,7 @@ from megablip.errors import CheckpointError, ConfigError, MegablipError, RankMis
 from megablip.metrics.board import Board, ProgressLine
 from megablip.model.attention import select_backend
 from megablip.model.blip3 import Blip3Config, Blip3ForConditionalGeneration
-from megablip.model.vision import encode_tiles, load_tower
+from megablip.model.vision import encode_tiles
 
 
 def main() -> None:
@@ -73,7 +73,9 @@ def run(config: Config, topology: Topology, status: RunStatus, stop: StopSignal)
     export = ExportReader(config.model.path)
     base = {"model": export.hash(), "tokenizer": file_hash(Path(config.model.path) / "tokenizer.json")}
 
-    say(f"attention: {select_backend(topology.device).reason}")
+    dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+    backend = select_backend(topology.device.type, dtype)
+    say(f"attention: {backend.name} ({backend.reason})")
     micro_batches = micro_batches_per_step(config, topology.world)
     ds_config = complete_ds_config(config.engine, config.optimizer.clip_norm, micro_batches, topology.device.type)
     say(f"DeepSpeed: {ds_config}")
@@ -83,7 +85,7 @@ def run(config: Config, topology: Topology, status: RunStatus, stop: StopSignal)
         config.optimizer,
         topology,
     )
-    tower = load_tower(config.model.path, model_config, config.engine.precision, topology.device)
+    tower = load_tower(export, model_config.vision_config, dtype, topology.device)
 
     store = CheckpointStore(run_dir / "checkpoints", config.checkpoint.keep, topology)
     progress, lane_states = Progress(), None
@@ -213,11 +215,11 @@ class Trainer:
         for micro_batch in batch.micro_batches:
             micro_batch = micro_batch.to(device)
             features = encode_tiles(self.tower, micro_batch.tiles)
-            losses = self.engine(micro_batch=micro_batch, vision_features=features)
-            self.engine.backward(losses.sum * scale)
+            losses = self.engine(packed=micro_batch, vision_features=features)
+            self.engine.backward(losses.loss * scale)
             self.engine.step(lr)
-            sums[0].index_add_(0, micro_batch.source % (sources + 1), losses.per_document.double())
-            sums[1].index_add_(0, micro_batch.source % (sources + 1), losses.valid_per_document.double())
+            sums[0].index_add_(0, micro_batch.source % (sources + 1), losses.document_loss.double())
+            sums[1].index_add_(0, micro_batch.source % (sources + 1), losses.document_labels.double())
         dist.all_reduce(sums)
         elapsed = time.perf_counter() - began
 

@@ -15,8 +15,6 @@ the truth: "digits" (a list in interleaved documents) and "source_ids".
 from __future__ import annotations
 
 import io
-import json
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +26,10 @@ import webdataset
 from PIL import Image
 from rich.progress import Progress
 
-from megablip.errors import ConfigError, MegablipError
+from megablip.errors import MegablipError
 from tools.canvases import Canvas, augment, draw_line
 from tools.digits import Digits, load_digits
+from tools.folders import complete_folder
 
 # Share of each kind of document. OCR leads: reading is what the demo is judged by.
 KINDS = {"ocr": 0.72, "caption": 0.10, "interleaved": 0.08, "text": 0.10}
@@ -70,6 +69,9 @@ FORMATS: tuple[Callable[[str], str], ...] = (
     lambda digits: f"reversed {digits[::-1]}",
     lambda digits: f"number {'; '.join(digits)}.",
 )
+
+
+app = typer.Typer(add_completion=False)
 
 
 @dataclass
@@ -150,44 +152,36 @@ class Maker:
 
 
 def make_demo_shards(out: Path, documents: int, seed: int, progress: Progress) -> None:
-    """Fill the new folder `out`; it appears when it is complete.
+    """Fill the folder `out`, which appears (or replaces an earlier one) when it is complete.
 
     Raises:
-        ConfigError: `out` exists, or the digits are not installed.
+        ConfigError: `out` holds something else, or the digits are not installed.
     """
-    if out.exists():
-        raise ConfigError("the folder exists already", where=str(out), remedy="remove it, or name another")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    digits = load_digits(seed)
-    streams = np.random.default_rng(seed).spawn(4)
-    train = Maker(augment(digits["train"], AUGMENTED_COPIES, streams[0]), streams[1])
-    validation, test = Maker(digits["validation"], streams[2]), Maker(digits["test"], streams[3])
-
-    corpus: list[str] = []
     task = progress.add_task("demo shards", total=None)
 
-    def write(split: str, kind: str, samples: Iterator[Sample], count: int) -> list[str]:
-        progress.update(task, description=f"{split}/{kind}", completed=0, total=count)
+    def write(folder: Path, kind: str, samples: Iterator[Sample], count: int) -> list[str]:
+        progress.update(task, description=f"{folder.name}/{kind}", completed=0, total=count)
         texts: list[str] = []
-        with _shard_writer(partial / split, kind) as writer:
+        with _shard_writer(folder, kind) as writer:
             for number, sample in enumerate(samples):
-                writer.write({"__key__": f"{split}-{kind}-{number:06d}", **sample.members})
+                writer.write({"__key__": f"{folder.name}-{kind}-{number:06d}", **sample.members})
                 texts += sample.texts
                 progress.advance(task)
         return texts
 
-    for kind, share in KINDS.items():
-        for split, maker, total in (
-            ("train", train, documents),
-            ("validation", validation, documents * VALIDATION_SHARE),
-        ):
-            count = max(1, round(share * total))
-            texts = write(split, kind, maker.samples(kind, count), count)
-            corpus += texts if split == "train" else []
-    write("test", "ocr", test.test_samples(), sum(images for *_, images in TEST))
-    (partial / "corpus.txt").write_text("\n".join(corpus) + "\n", encoding="utf-8")
-    partial.rename(out)
+    with complete_folder(out, mark="corpus.txt") as folder:
+        digits = load_digits(seed)
+        streams = np.random.default_rng(seed).spawn(4)
+        train = Maker(augment(digits["train"], AUGMENTED_COPIES, streams[0]), streams[1])
+        validation, test = Maker(digits["validation"], streams[2]), Maker(digits["test"], streams[3])
+        corpus: list[str] = []
+        for kind, share in KINDS.items():
+            count = round(share * documents)
+            corpus += write(folder / "train", kind, train.samples(kind, count), count)
+            count = max(1, round(share * VALIDATION_SHARE * documents))
+            write(folder / "validation", kind, validation.samples(kind, count), count)
+        write(folder / "test", "ocr", test.test_samples(), sum(images for *_, images in TEST))
+        (folder / "corpus.txt").write_text("\n".join(corpus) + "\n", encoding="utf-8")
 
 
 def _shard_writer(folder: Path, kind: str) -> webdataset.ShardWriter:
@@ -213,8 +207,9 @@ def _pick(weights: list[float], rng: np.random.Generator) -> int:
     return int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
 
 
+@app.command()
 def main(
-    out: Annotated[Path, typer.Option(help="Folder to make; must not exist.")],
+    out: Annotated[Path, typer.Option(help="Folder to make; an earlier one is replaced.")],
     documents: Annotated[int, typer.Option(help="Training documents of all kinds.", min=100)] = 24_000,
     seed: Annotated[int, typer.Option(help="Fixes the split of the digits and every canvas.")] = 0,
 ) -> None:
@@ -230,4 +225,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

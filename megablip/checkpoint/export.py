@@ -9,8 +9,14 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from megablip.errors import CheckpointError
+from megablip.model.vision import build_tower
+from megablip.records import MASTER
+
+VISION_TOWER = "vision_tower"
+"""The tower's prefix in an export; the rest of the model is trained."""
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -41,6 +47,9 @@ class ExportReader:
     @property
     def names(self) -> list[str]:
         return sorted(self._file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._file(self._file_of[name]).get_slice(name).get_shape())
 
     def read(self, name: str, kind: str, shape: tuple[int, ...], start: int, end: int) -> torch.Tensor:
         """fp32 vector of the elements [start, end) of a weight, flattened.
@@ -76,6 +85,22 @@ class ExportReader:
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"the file can't be read: {error}", where=str(self.folder / name)) from None
         return self._open[name]
+
+
+def load_tower(
+    export: ExportReader, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """The export's vision tower, frozen, in `dtype` on `device`.
+
+    Raises:
+        CheckpointError: the export lacks a weight of the tower.
+    """
+    tower = build_tower(config)
+    for name, parameter in tower.named_parameters():
+        shape = tuple(parameter.shape)
+        values = export.read(f"{VISION_TOWER}.{name}", MASTER, shape, 0, parameter.numel())
+        parameter.data.copy_(values.view(shape))
+    return tower.to(device=device, dtype=dtype)
 
 
 def file_hash(path: Path) -> str:

@@ -110,8 +110,11 @@ class SliceReader:
         if not path.exists():
             return {}
         file = self._file(path)
-        names = [name for name in file.keys() if name.startswith(f"{_RNG}|")]
-        return {name.partition("|")[2]: file.get_tensor(name) for name in names}
+        return {
+            name.partition("|")[2]: file.get_tensor(name)
+            for name in file.keys()  # noqa: SIM118 (it is no dict)
+            if name.startswith(f"{_RNG}|")
+        }
 
     def _header(self, path: Path) -> dict[str, dict[str, list[int] | int]]:
         text = (self._file(path).metadata() or {}).get(_HEADER_KEY)

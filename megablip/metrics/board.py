@@ -69,8 +69,6 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 class ProgressLine:
     """One line that is rewritten on a terminal, and repeated every 10 s elsewhere."""
 
-    _PERIOD_S = {True: 0.5, False: 10.0}
-
     def __init__(self) -> None:
         self._on_terminal = sys.stdout.isatty()
         self._last = 0.0
@@ -82,7 +80,7 @@ class ProgressLine:
         now = time.monotonic()
         if self._first_share is None:
             self._first_share, self._started = share, now
-        if now - self._last < self._PERIOD_S[self._on_terminal] and share < 1:
+        if now - self._last < (0.5 if self._on_terminal else 10.0) and share < 1:
             return
         self._last = now
         gained = share - self._first_share

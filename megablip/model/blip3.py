@@ -224,12 +224,8 @@ class Blip3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
             inputs_embeds = self.get_input_embeddings()(input_ids)
             if vision_features is None and tiles is not None and len(tiles):
                 vision_features = encode_tiles(self.vision_tower, tiles)
-            if vision_features is not None:
-                index = (input_ids == self.config.image_token_id).flatten().nonzero().squeeze(1)
-                visual = self._visual_tokens(vision_features, patch_mask, grids)
-                _check_places(visual, index, where=f"a batch of {len(input_ids)} rows")
-                flat = _scatter(inputs_embeds.flatten(0, 1), index, visual)
-                inputs_embeds = flat.view_as(inputs_embeds)
+            if past_key_values is None or past_key_values.get_seq_length() == 0:
+                inputs_embeds = self._put_images(inputs_embeds, input_ids, vision_features, patch_mask, grids)
         outputs = self.decoder.base_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -281,6 +277,16 @@ class Blip3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         sums = per_row.new_zeros(2, len(packed.doc_lens))
         sums.index_add_(1, document, torch.stack([per_row, torch.ones_like(per_row)]))
         return PackedLoss(loss=total, document_loss=sums[0], document_labels=sums[1])
+
+    def _put_images(self, embeds: Tensor, input_ids: Tensor, features, patch_mask, grids) -> Tensor:
+        """[B, L, d] embeddings with those of `<image>` ids replaced, row by row."""
+        index = (input_ids == self.config.image_token_id).flatten().nonzero().squeeze(1)
+        if features is None:
+            visual = embeds.new_zeros(0, self.config.layout.tokens_per_tile, embeds.shape[-1])
+        else:
+            visual = self._visual_tokens(features, patch_mask, grids)
+        _check_places(visual, index, where=f"a batch of {len(input_ids)} rows")
+        return _scatter(embeds.flatten(0, 1), index, visual).view_as(embeds)
 
     def _visual_tokens(self, features: Tensor, patch_mask: Tensor, grids: Tensor | None) -> Tensor:
         """[N, P, C] features -> [N, tokens per tile, d]."""

@@ -4,6 +4,7 @@ import os
 import re
 import tarfile
 import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -236,10 +237,8 @@ def test_hostile_headers_end_with_a_message(tmp_path):
         data[start + 148 : start + 156] = b"%06o\0 " % sum(header)  # a checksum that fits
         path = tmp_path / f"{trial}.tar"
         path.write_bytes(data)
-        try:
+        with suppress(ShardError):
             read_all(path)
-        except ShardError:
-            pass
 
 
 def test_a_member_too_large_is_a_bad_sample(shard, monkeypatch):

@@ -52,8 +52,9 @@ def test_augment_keeps_labels_and_moves_ink_a_little():
     assert varied.pixels.min() >= 0
     assert varied.pixels.max() <= 1.0001
     change = np.abs(varied.pixels - np.tile(BLOCKS, (3, 1, 1))).mean(axis=(1, 2))
-    assert (change > 0.005).all()
-    assert (change < 0.2).all()
+    assert change.min() > 0
+    assert np.median(change) > 0.02
+    assert change.max() < 0.2
 
 
 def test_augment_without_change_is_the_identity(monkeypatch):

@@ -1,0 +1,84 @@
+import numpy as np
+import pytest
+import torch
+
+from megablip.data.collate import collate
+from megablip.errors import PackingError
+from megablip.records import DecodedDocument, PackedSequence, VisualLayout
+
+LAYOUT = VisualLayout(tile_size=16, patch_size=8, tokens_per_tile=3, grids=((1, 1), (2, 1)))
+
+
+def document(key, tokens, grids=(), first_label=7):
+    tiles = sum(1 + columns * rows for columns, rows in grids)
+    slots = tiles * LAYOUT.tokens_per_tile
+    labels = np.arange(tokens, dtype=np.int32)
+    labels[0] = first_label
+    return DecodedDocument(
+        input_ids=np.arange(100, 100 + tokens, dtype=np.int32),
+        labels=labels,
+        visual_positions=np.arange(2, 2 + slots, dtype=np.int32),
+        tiles=np.full((tiles, 3, 16, 16), tokens, np.uint8),
+        patch_mask=np.ones((tiles, LAYOUT.patches_per_tile), bool),
+        grids=np.array(grids, np.int32).reshape(-1, 2),
+        source=1,
+        key=key,
+    )
+
+
+def sequence(*documents):
+    return PackedSequence(0, 0, documents, (), np.zeros(0, np.int64))
+
+
+def test_collate_lays_documents_end_to_end():
+    batch = collate(
+        [sequence(document("a", 4), document("b", 20, [(2, 1)])), sequence(document("c", 10, [(1, 1)]))], LAYOUT
+    )
+    assert batch.keys == ["a", "b", "c"]
+    assert batch.doc_lens == [4, 20, 10]
+    assert batch.max_seqlen == 20
+    assert batch.cu_seqlens.tolist() == [0, 4, 24, 34]
+    assert batch.position_ids.tolist() == [*range(4), *range(20), *range(10)]
+    assert batch.input_ids.tolist() == [*range(100, 104), *range(100, 120), *range(100, 110)]
+    assert batch.labels[[0, 4, 24]].tolist() == [-100] * 3
+    assert batch.labels[[1, 5, 25]].tolist() == [1] * 3
+    assert batch.valid_labels == 31
+    assert batch.visual_token_index.tolist() == [*range(6, 15), *range(26, 32)]
+    assert batch.tile_to_image.tolist() == [0, 0, 0, 1, 1]
+    assert batch.grid.tolist() == [[2, 1], [1, 1]]
+    assert batch.tiles[:, 0, 0, 0].tolist() == [20] * 3 + [10] * 2
+    assert batch.pair.tolist() == [-1] * 3
+    assert not batch.dummy
+    types = {name: getattr(batch, name).dtype for name in ("input_ids", "cu_seqlens", "source", "tiles", "patch_mask")}
+    assert list(types.values()) == [torch.int64, torch.int32, torch.int32, torch.uint8, torch.bool]
+
+
+@pytest.mark.parametrize("sequences", [[], [sequence()], [sequence(document("a", 4))]])
+def test_a_micro_batch_without_images_has_a_dummy_tile(sequences):
+    batch = collate(sequences, LAYOUT)
+    assert batch.dummy
+    assert batch.tiles.shape == (1, 3, 16, 16)
+    assert not batch.tiles.any()
+    assert batch.patch_mask.shape == (1, 4)
+    assert batch.patch_mask.all()
+    assert batch.visual_token_index.shape == (0,)
+    assert batch.grid.shape == (0, 2)
+    if not any(s.documents for s in sequences):
+        assert batch.input_ids.tolist() == [0]
+        assert batch.labels.tolist() == [-100]
+        assert batch.source.tolist() == [-1]
+        assert batch.cu_seqlens.tolist() == [0, 1]
+        assert batch.keys == [""]
+        assert batch.valid_labels == 0
+
+
+def test_visual_tokens_that_do_not_match_the_tiles_are_an_error():
+    good = document("k9", 30, [(1, 1)])
+    for change in (
+        {"visual_positions": good.visual_positions[:-1]},
+        {"grids": np.array([[2, 1]], np.int32)},
+    ):
+        fields = {name: getattr(good, name) for name in DecodedDocument.__slots__} | change
+        with pytest.raises(PackingError, match="visual tokens") as caught:
+            collate([sequence(DecodedDocument(**fields))], LAYOUT)
+        assert "k9" in caught.value.where

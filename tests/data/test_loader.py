@@ -1,0 +1,330 @@
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from itertools import chain, islice
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from megablip.config import parse_config
+from megablip.data.loader import Loader, micro_batches_per_step, owned_lanes
+from megablip.errors import CheckpointError, MegablipError, SampleError, ShardError
+from megablip.records import VisualLayout
+from tests.data.builders import write_tar
+from tokenization.train import train_tokenizer
+
+LAYOUT = VisualLayout(tile_size=16, patch_size=8, tokens_per_tile=3, grids=((1, 1), (2, 1), (1, 2)))
+
+
+def jpeg(number):
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(number).integers(0, 255, (16 + number % 3 * 16, 16 + number % 2 * 16, 3))
+    Image.fromarray(pixels.astype(np.uint8)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def caption(number):
+    data = jpeg(number)
+    if number % 23 == 5:
+        data = b"no image at all"  # fails in the planner, at the header
+    elif number % 23 == 7:
+        data = data[: len(data) // 2]  # fails in the decode worker, in the pixels
+    return {"__key__": b"c%03d" % number, "jpg": data, "txt": b"picture %d" % number}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for shard in range(3):
+        write_tar(folder / f"captions/{shard}.tar", [caption(n) for n in range(shard * 40, shard * 40 + 40)])
+    texts = [{"__key__": b"t%03d" % n, "txt": b"some words " * (1 + n % 6)} for n in range(60)]
+    write_tar(folder / "text/0.tar", texts)
+    corpus = folder / "corpus.txt"
+    corpus.write_text("some words\npicture 381\n" * 20)
+    train_tokenizer([corpus], folder / "tokenizer", vocab_size=300)
+    return folder
+
+
+def config_of(data, run_dir, **changes):
+    raw = {
+        "stage": "pretrain",
+        "run_dir": str(run_dir),
+        "duration": "5 steps",
+        "model": {"path": "unused"},
+        "optimizer": {"lr": 1e-3},
+        "data": {
+            "sources": [
+                {"name": "captions", "shards": f"{data}/captions/{{0..2}}.tar", "schema": "caption", "weight": 2},
+                {"name": "text", "shards": f"{data}/text", "schema": "text", "weight": 1},
+            ],
+            "sequence_length": 64,
+            "max_tiles": 4,
+            "packing_buffer": 8,
+        },
+        "batch": {"lanes": 4, "sequences_per_lane": 2},
+    }
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        raw[section] = {**raw[section], name: value} if name else value
+    return parse_config(raw, "test")
+
+
+def loader_of(data, run_dir, rank=0, world=1, states=None, step=0, **changes):
+    config = config_of(data, run_dir, **changes)
+    return Loader(config, str(data / "tokenizer"), LAYOUT, rank, world, states, step)
+
+
+def take(steps, data, run_dir, world=1, states=None, step=0, **changes):
+    """The first `steps` batches of each rank."""
+    with ExitStack() as stack:
+        ranks = [
+            stack.enter_context(loader_of(data, run_dir, rank, world, states, step, **changes)) for rank in range(world)
+        ]
+        return [list(islice(rank, steps)) for rank in ranks]
+
+
+def drain(loader, limit_s=20):
+    """Take batches until it raises."""
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
+        next(loader)
+
+
+def documents(micro_batch):
+    """(key, ids, labels, tiles) of each document that is no dummy."""
+    found, tile = [], 0
+    for number, key in enumerate(micro_batch.keys):
+        start, end = micro_batch.cu_seqlens[number : number + 2].tolist()
+        inside = (micro_batch.visual_token_index >= start) & (micro_batch.visual_token_index < end)
+        tiles = int(inside.sum()) // LAYOUT.tokens_per_tile
+        pixels = micro_batch.tiles[tile : tile + tiles].numpy().tobytes()
+        tile += tiles
+        if int(micro_batch.source[number]) >= 0:
+            ids, labels = micro_batch.input_ids[start:end].tolist(), micro_batch.labels[start:end].tolist()
+            found.append((key, ids, labels, pixels))
+    return found
+
+
+def global_batches(per_rank, lanes, sequences_per_lane):
+    """Of each step: documents of each (index, lane); takes one sequence per micro-batch."""
+    world = len(per_rank)
+    steps = []
+    for batches in zip(*per_rank, strict=True):
+        sequences = {}
+        for rank, batch in enumerate(batches):
+            places = [(index, lane) for index in range(sequences_per_lane) for lane in owned_lanes(lanes, rank, world)]
+            assert len(batch.micro_batches) >= len(places)
+            for place, micro_batch in zip(places, batch.micro_batches, strict=False):
+                sequences[place] = documents(micro_batch)
+            assert not any(documents(micro_batch) for micro_batch in batch.micro_batches[len(places) :])
+        steps.append([sequences[place] for place in sorted(sequences)])
+    return steps
+
+
+@pytest.fixture(scope="module")
+def reference(data, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("reference")
+    return take(6, data, run_dir)[0], run_dir
+
+
+def test_lanes_of_ranks():
+    assert [list(owned_lanes(5, rank, 3)) for rank in range(3)] == [[0, 1], [2, 3], [4]]
+    for lanes in range(1, 9):
+        for world in range(1, lanes + 1):
+            expected = [part.tolist() for part in np.array_split(np.arange(lanes), world)]
+            assert [list(owned_lanes(lanes, rank, world)) for rank in range(world)] == expected
+
+
+@pytest.mark.parametrize(("world", "workers"), [(2, 2), (3, 1)])
+def test_the_global_batch_does_not_depend_on_ranks_and_workers(data, tmp_path, reference, world, workers):
+    expected = global_batches([reference[0]], 4, 2)
+    ranks = take(6, data, tmp_path, world, data__decode_workers=workers)
+    assert global_batches(ranks, 4, 2) == expected
+    states = [{lane: state.tolist() for lane, state in batch.lane_states.items()} for batch in reference[0]]
+    for step in range(6):
+        merged = {}
+        for rank in ranks:
+            merged |= {lane: state.tolist() for lane, state in rank[step].lane_states.items()}
+        assert merged == states[step]
+        assert sum(rank[step].valid_labels for rank in ranks) == reference[0][step].valid_labels
+        assert sum(rank[step].tokens for rank in ranks) == reference[0][step].tokens
+        assert len({len(rank[step].micro_batches) for rank in ranks}) == 1
+
+
+def test_micro_batches_hold_the_same_sequences_in_the_same_order(data, tmp_path, reference):
+    [larger] = take(2, data, tmp_path, batch={"lanes": 4, "sequences_per_lane": 2, "micro_batch_sequences": 3})
+    for batch, expected in zip(larger, reference[0], strict=False):
+        assert [len(b.micro_batches) for b in (batch, expected)] == [3, 8]
+        a, b = (chain.from_iterable(map(documents, each.micro_batches)) for each in (batch, expected))
+        assert list(a) == list(b)
+
+
+@pytest.mark.parametrize(("step", "world"), [(1, 1), (5, 2)])
+def test_resuming_gives_the_same_batches(data, tmp_path, reference, step, world):
+    expected = global_batches([reference[0]], 4, 2)[step:]
+    states = reference[0][step - 1].lane_states
+    ranks = take(6 - step, data, tmp_path, world, states, step)
+    assert global_batches(ranks, 4, 2) == expected
+    assert [batch.step for batch in ranks[0]] == list(range(step, 6))
+    skipped = [{skip for rank in ranks for skip in rank[number].skipped} for number in range(6 - step)]
+    assert skipped == [set(batch.skipped) for batch in reference[0][step:]]
+
+
+def test_bad_samples_are_skipped_and_written_once_delivered(reference):
+    batches, run_dir = reference
+    lines = [json.loads(line) for line in (run_dir / "quarantine.jsonl").read_text().splitlines()]
+    skips = [(batch.step, skip.key, skip.error) for batch in batches for skip in batch.skipped]
+    assert [(line["step"], line["key"], line["error"]) for line in lines] == skips
+    numbers = {int(line["key"][1:]) % 23 for line in lines}
+    assert numbers == {5, 7}  # at the header, and in the pixels
+    for line in lines:
+        with open(line["shard"], "rb") as shard:
+            shard.seek(line["offset"])
+            assert shard.read(3) in (b"no ", b"\xff\xd8\xff")
+    used = {key for batch in batches for micro_batch in batch.micro_batches for key in micro_batch.keys}
+    assert not any(key.startswith("c") and int(key[1:]) % 23 in (5, 7) for key in used)
+
+
+def test_too_many_bad_samples_stop_the_run(tmp_path, data):
+    samples = [caption(5 if n % 2 else 1) | {"__key__": b"%d" % n} for n in range(300)]
+    write_tar(tmp_path / "bad.tar", samples)
+    source = {"name": "bad", "shards": str(tmp_path / "bad.tar"), "schema": "caption", "weight": 1}
+    with (
+        loader_of(data, tmp_path / "run", data__sources=[source]) as loader,
+        pytest.raises(SampleError, match="more than the 32 allowed") as caught,
+    ):
+        drain(loader)
+    assert str(tmp_path / "run/quarantine.jsonl") in caught.value.remedy
+    assert "key" in caught.value.what
+    assert len((tmp_path / "run/quarantine.jsonl").read_text().splitlines()) >= 33
+
+
+def test_a_lane_of_nothing_but_bad_samples_stops(tmp_path, data):
+    write_tar(tmp_path / "bad.tar", [caption(5)])
+    source = {"name": "bad", "shards": str(tmp_path / "bad.tar"), "schema": "caption", "weight": 1}
+    with (
+        loader_of(data, tmp_path, data__sources=[source]) as loader,
+        pytest.raises(SampleError, match="100 samples in a row"),
+    ):
+        next(loader)
+
+
+def test_bad_shards(tmp_path, data):
+    (tmp_path / "empty").mkdir()
+    source = {"name": "s", "shards": str(tmp_path / "empty"), "schema": "text", "weight": 1}
+    with pytest.raises(ShardError, match="folder is empty"):
+        loader_of(data, tmp_path, data__sources=[source])
+    shard = write_tar(tmp_path / "cut.tar", [{"txt": b"x" * 3000}] * 5)
+    os.truncate(shard, 5000)
+    with (
+        loader_of(data, tmp_path, data__sources=[source | {"shards": str(shard)}]) as loader,
+        pytest.raises(ShardError, match="truncated"),
+    ):
+        next(loader)
+
+
+def test_states_that_do_not_fit(data, tmp_path, reference):
+    states = reference[0][1].lane_states
+    with pytest.raises(CheckpointError, match="not the end of step 3"):
+        loader_of(data, tmp_path, states=states, step=3)
+    with pytest.raises(CheckpointError, match="no data state of a lane"):
+        loader_of(data, tmp_path, states={lane: states[lane] for lane in (0, 1)}, step=2)
+    with pytest.raises(CheckpointError, match="no data state of a lane"):
+        loader_of(data, tmp_path, step=2)
+
+
+@pytest.mark.parametrize("which", ["planner", "worker"])
+def test_a_helper_that_is_killed_is_reported(data, tmp_path, which):
+    with loader_of(data, tmp_path, data__decode_workers=2) as loader:
+        next(loader)
+        helper = loader._planner if which == "planner" else loader._workers[1]
+        os.kill(helper.process.pid, signal.SIGKILL)
+        began = time.monotonic()
+        with pytest.raises(MegablipError, match=f"{which}.* of rank 0 was killed by SIGKILL"):
+            drain(loader)
+        assert time.monotonic() - began < 10
+
+
+def test_an_error_of_a_worker_reaches_the_rank(data, tmp_path):
+    shard = write_tar(tmp_path / "s.tar", [{"txt": b"some words %d" % n} for n in range(50)])
+    source = {"name": "s", "shards": str(shard), "schema": "text", "weight": 1}
+    with loader_of(data, tmp_path, data__sources=[source], data__decode_workers=2) as loader:
+        next(loader)
+        os.truncate(shard, 2000)
+        with pytest.raises(ShardError, match="ends early"):
+            drain(loader)
+
+
+def test_an_unexpected_error_carries_its_traceback(data, tmp_path):
+    impossible = VisualLayout(tile_size=16, patch_size=8, tokens_per_tile=3, grids=())
+    config = config_of(data, tmp_path)
+    with (
+        Loader(config, str(data / "tokenizer"), impossible, 0, 1, None) as loader,
+        pytest.raises(MegablipError, match=r"(?s)planner of rank 0 failed.*Traceback.*choose_grid"),
+    ):
+        next(loader)
+
+
+def test_helpers_ignore_the_signals_of_the_rank(data, tmp_path, reference):
+    with loader_of(data, tmp_path) as loader:
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # at once: no moment is left open
+            for helper in loader._helpers:
+                os.kill(helper.process.pid, signum)
+        batch = next(loader)
+    assert global_batches([[batch]], 4, 2) == global_batches([reference[0][:1]], 4, 2)
+
+
+def test_helpers_end_when_the_rank_is_killed(data, tmp_path):
+    code = f"""
+import os, signal
+from pathlib import Path
+from tests.data.test_loader import loader_of
+loader = loader_of(Path({str(data)!r}), Path({str(tmp_path)!r}))
+next(loader)
+print(*(helper.process.pid for helper in loader._helpers), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    pids = done.stdout.split()
+    assert len(pids) == 2
+    deadline = time.monotonic() + 10
+    while any(_runs(pid) for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _runs(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rsplit(")", 1)[1].split()[0] != "Z"  # nobody may be there to reap it
+    except FileNotFoundError:
+        return False
+
+
+def test_closing_is_quick_and_ends_the_helpers(data, tmp_path):
+    loader = loader_of(data, tmp_path)
+    next(loader)
+    began = time.monotonic()
+    loader.close()
+    assert time.monotonic() - began < 2
+    assert all(helper.process.returncode is not None for helper in loader._helpers)
+    with pytest.raises(StopIteration):
+        next(loader)
+
+
+def test_prefetch_is_bounded(data, tmp_path):
+    with loader_of(data, tmp_path, data__prefetch_steps=2) as loader:
+        next(loader)
+        time.sleep(1.0)
+        assert len(loader._ready) == 2
+
+
+def test_counts_of_micro_batches_agree_on_all_ranks(tmp_path):
+    config = config_of(tmp_path, tmp_path, batch={"lanes": 5, "sequences_per_lane": 2, "micro_batch_sequences": 3})
+    assert [micro_batches_per_step(config, world) for world in (1, 2, 3, 5)] == [4, 2, 2, 1]
