@@ -67,19 +67,19 @@ def paint(digits: Digits, cells: np.ndarray, rng: np.random.Generator) -> np.nda
         np.maximum(place, digits.pixels[cells[row, column]], out=place)
     ink = ink[MAX_JITTER : MAX_JITTER + height, MAX_JITTER : MAX_JITTER + width, None]
     paper_colour, ink_colour = _colours(rng)
-    noise = rng.random((height, width, 3), dtype=np.float32)
-    noise *= rng.uniform(0, 2 * MAX_NOISE)
-    noise += paper_colour - noise.mean()
-    noise += ink * (ink_colour - paper_colour)
-    return np.clip(noise, 0, 255, out=noise).astype(np.uint8)
+    amplitude = np.float32(rng.uniform(0, MAX_NOISE))
+    noise = rng.random((height, width, 1), dtype=np.float32)
+    pixels = ink * (ink_colour - paper_colour)
+    pixels += paper_colour + amplitude * (2 * noise - 1)
+    return np.clip(pixels, 0, 255, out=pixels).astype(np.uint8)
 
 
 def _colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Paper and ink, float32[3] each, far enough apart to read."""
     while True:
-        paper, ink = rng.uniform(0, 255, size=(2, 3)).astype(np.float32)
-        if abs(paper.mean() - ink.mean()) >= MIN_CONTRAST:
-            return paper, ink
+        *paper, r, g, b = rng.uniform(0, 255, size=6).tolist()
+        if abs(sum(paper) - (r + g + b)) >= 3 * MIN_CONTRAST:
+            return np.array(paper, dtype=np.float32), np.array([r, g, b], dtype=np.float32)
 
 
 def _warp(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -114,7 +114,7 @@ def train_tower(out: Path, steps: int, seed: int, progress: Progress) -> dict[st
     tower = SiglipVisionModel(SiglipVisionConfig(**CONFIG, attn_implementation="eager"))
     heads = PatchHeads(CONFIG["hidden_size"])
     parameters = [*tower.parameters(), *heads.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=LR, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(parameters, lr=LR, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_ratio(step, steps))
     class_weights = torch.ones(BACKGROUND + 1)
     class_weights[BACKGROUND] = BACKGROUND_WEIGHT

@@ -119,7 +119,9 @@ def init_model(output: Path, *, tower: Path, tokenizer: Path, model: Path, seed:
     built.vision_tower.load_state_dict(AutoModel.from_pretrained(tower).state_dict())
     with _atomic_folder(output) as staging:
         built.save_pretrained(staging)
-        layout = {name: getattr(config.layout, name) for name in ("tile_size", "patch_size", "tokens_per_tile", "grids")}
+        layout = {
+            name: getattr(config.layout, name) for name in ("tile_size", "patch_size", "tokens_per_tile", "grids")
+        }
         Blip3Processor(AutoTokenizer.from_pretrained(tokenizer), **layout).save_pretrained(staging)
     print(f"wrote {output}: {sum(p.numel() for p in built.parameters()):,} parameters")
 

@@ -207,8 +207,7 @@ class Loader:
             helper.output.close()
 
     def _start_helpers(self, setup: Setup) -> None:
-        workers = self._config.data.decode_workers
-        task_pipes = [Pipe(duplex=False) for _ in range(workers)]
+        task_pipes = [Pipe(duplex=False) for _ in range(self._config.data.decode_workers)]
         writes = [write for _, write in task_pipes]
         self._planner = start_helper("planner", f"planner of rank {self._rank}", setup, writes)
         setup = replace(setup, lane_states={})  # the planner's alone, and large
@@ -308,7 +307,7 @@ def _state_of(
         raise CheckpointError(
             "the checkpoint holds no data state of a lane",
             where=f"lane {lane}, step {start_step}",
-            remedy="use another",
+            remedy="use another checkpoint",
         )
     index = LaneState.from_vector(lane_states[lane]).index
     if index != start_step * config.batch.sequences_per_lane:

@@ -108,7 +108,7 @@ def walk_members(path: str, file: BinaryIO, start: int = 0) -> Iterator[Member]:
     file.seek(start)
     offset = start
     try:
-        tar = tarfile.TarFile(fileobj=file)
+        tar = tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape")
         while (member := tar.next()) is not None:
             tar.members.clear()
             if member.size < 0 or tar.offset <= offset:
@@ -200,7 +200,7 @@ class ShardIndex:
     @classmethod
     def in_memory(cls, samples: list[list[Member]]) -> ShardIndex:
         # Zeros part the fields: a name that a text line can't hold may have spaces and line ends.
-        lines = [_line(sample, b"\0") for sample in samples]
+        lines = [_line(sample, "\0") for sample in samples]
         return cls(np.cumsum([0, *map(len, lines)]), b"".join(lines), b"\0")
 
     @classmethod
@@ -222,9 +222,9 @@ class ShardIndex:
             os.close(self._source)
 
 
-def _line(sample: list[Member], separator: bytes) -> bytes:
+def _line(sample: list[Member], separator: str) -> bytes:
     fields = [field for name, offset, size in sample for field in (split_name(name)[1], str(offset), str(size), name)]
-    return separator.join(os.fsencode(field) for field in fields) + b"\n"
+    return separator.join(fields).encode("utf-8", "surrogateescape") + b"\n"
 
 
 def _parse_line(line: bytes, separator: bytes) -> list[Member]:
@@ -233,7 +233,7 @@ def _parse_line(line: bytes, separator: bytes) -> list[Member]:
         return []
     try:
         return [
-            (os.fsdecode(name), int(offset), int(size))
+            (name.decode("utf-8", "surrogateescape"), int(offset), int(size))
             for offset, size, name in zip(fields[1::4], fields[2::4], fields[3::4], strict=True)
         ]
     except ValueError:
@@ -263,7 +263,7 @@ def build_index(path: str) -> ShardIndex:
         split_name(name)[1] and not re.search(r"\s", name) for sample in samples for name, _, _ in sample
     ) and _is_ours(target)
     if writable:
-        text = b"%s %d\n" % (INDEX_VERSION, len(samples)) + b"".join(_line(sample, b" ") for sample in samples)
+        text = b"%s %d\n" % (INDEX_VERSION, len(samples)) + b"".join(_line(sample, " ") for sample in samples)
         try:
             _write_atomically(target, text)
         except OSError:
@@ -298,7 +298,7 @@ def load_index(path: str) -> ShardIndex | None:
     """The index beside a shard; None if there is none or it is not of this shard."""
     if read_count(path) is None:
         return None
-    descriptor = os.open(index_path(path), os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = os.open(index_path(path), os.O_RDONLY)
     index = ShardIndex.from_file(descriptor)
     if index is None:
         os.close(descriptor)
@@ -395,7 +395,14 @@ class ShardSource:
                     f"member '{name}' has {size} bytes, above the limit of {MAX_MEMBER_BYTES}",
                     where=f"{self.paths[shard]}, offset {offset}",
                 )
-            data = os.pread(file.fileno(), size, offset)
+            try:
+                data = os.pread(file.fileno(), size, offset)
+            except OSError as error:
+                raise ShardError(
+                    f"the shard can't be read: {error.strerror}",
+                    where=f"{self.paths[shard]}, offset {offset}",
+                    remedy="check its file system and start again: the run goes on from its last checkpoint",
+                ) from None
             if len(data) != size:
                 raise self._changed(shard, f"'{name}' at offset {offset} ends early")
             contents[split_name(name)[1]] = data
@@ -416,7 +423,8 @@ class ShardSource:
             raise self._changed(shard, f"it has {len(index)} samples, and sample {sample} was asked for")
         members = index.members(sample)
         names = [split_name(name) for name, _, _ in members]
-        if not names or None in names or len({key for key, _ in names}) > 1:
+        inside = all(0 <= offset < 1 << 62 and size >= 0 for _, offset, size in members)
+        if not names or None in names or len({key for key, _ in names}) > 1 or not inside:
             raise self._changed(shard, f"line {sample + 2} of its index is not one webdataset sample")
         return members
 

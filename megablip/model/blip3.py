@@ -153,6 +153,8 @@ class Blip3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
         head = self.decoder.get_output_embeddings()
         self.decoder.set_output_embeddings(LossHead(head.in_features, head.out_features, bias=config.head_bias))
+        # A generated <image> id would have no image behind it.
+        self.generation_config.suppress_tokens = [config.image_token_id]
         self.post_init()
 
     @torch.no_grad()

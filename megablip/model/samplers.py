@@ -81,9 +81,7 @@ def feed_forward(dim: int, mult: int) -> nn.Sequential:
     )
 
 
-def regroup_released(
-    features: Tensor, patch_mask: Tensor, grids: Iterable[tuple[int, int]]
-) -> tuple[Tensor, Tensor]:
+def regroup_released(features: Tensor, patch_mask: Tensor, grids: Iterable[tuple[int, int]]) -> tuple[Tensor, Tensor]:
     """Hand the sampler strips where it would get crops, as the released weights expect.
 
     xGen-MM stitches an image's crops into one map of patches and cuts it again

@@ -6,16 +6,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
-# SDPA on the CPU is 2.7 times slower than plain products on 36 patches in bf16;
-# on 729 patches plain products hold 16 heads x 729 x 729 scores for each tile.
-_EAGER_PATCHES = 256
-
 
 def build_tower(config: PreTrainedConfig) -> PreTrainedModel:
-    """An untrained tower, frozen; the caller loads its weights."""
-    patches = (config.image_size // config.patch_size) ** 2
-    attention = config._attn_implementation or ("eager" if patches <= _EAGER_PATCHES else "sdpa")
-    return freeze(AutoModel.from_config(config, attn_implementation=attention))
+    """An untrained tower, frozen; the caller loads its weights.
+
+    SDPA unless the config says otherwise: without a backward it is the fastest
+    also on the CPU in bf16 (1.1 times plain products at 36 patches, 3 times at 576).
+    """
+    return freeze(AutoModel.from_config(config, attn_implementation=config._attn_implementation or "sdpa"))
 
 
 def freeze(tower: PreTrainedModel) -> PreTrainedModel:

@@ -147,6 +147,16 @@ def _is_link(fd):
     return os.path.islink(f"/proc/self/fd/{fd}")
 
 
+@pytest.mark.parametrize("fields", ["txt 512 -6 a.txt", "txt -512 6 a.txt", f"txt {2**70} 6 a.txt", "txt 512 6 a"])
+def test_an_index_with_impossible_numbers_is_refused(tmp_path, fields):
+    shard = write_tar(tmp_path / "a.tar", [{"__key__": b"a", "txt": b"first"}, {"__key__": b"b", "txt": b"second"}])
+    ShardSource("test", [str(shard)]).counts  # noqa: B018
+    header, _, last = (tmp_path / "a.idx").read_text().splitlines()
+    (tmp_path / "a.idx").write_text(f"{header}\n{fields}\n{last}\n")
+    with pytest.raises(ShardError, match="disagree"):
+        ShardSource("test", [str(shard)]).read(0, 0)
+
+
 @pytest.mark.parametrize("share", np.linspace(0.01, 0.99, 15))
 def test_a_truncated_shard_is_named_with_its_offset(shard, share):
     with tarfile.open(shard) as tar:

@@ -1,0 +1,54 @@
+"""A page a person looks at: loss curve, table, images beside their answers."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+WIDTH, HEIGHT = 720, 240  # of the curve, pixels
+
+
+def write_report(
+    path: Path,
+    *,
+    title: str,
+    metrics: list[dict[str, Any]],
+    by_length: dict[str, dict[str, float]],
+    pictures: list[tuple[bytes, Any]],
+) -> None:
+    """Write one self-contained HTML file.
+
+    Args:
+        metrics: points with `tokens_seen` and `loss`; empty for a page without a curve.
+        by_length: what evaluate.reading.summarize returns.
+        pictures: image files' bytes, each with its answer.
+    """
+    environment = Environment(
+        loader=PackageLoader("megablip.evaluate", "."), autoescape=True, undefined=StrictUndefined
+    )
+    page = environment.get_template("report.html.j2").render(
+        title=title,
+        curve=_curve([(point["tokens_seen"], point["loss"]) for point in metrics]),
+        by_length=by_length,
+        pictures=[(base64.b64encode(data).decode(), answer) for data, answer in pictures],
+        width=WIDTH,
+        height=HEIGHT,
+    )
+    path.write_text(page)
+
+
+def _curve(points: list[tuple[float, float]]) -> dict[str, Any] | None:
+    """The points in pixels of the drawing, smoothed over 1 % of them."""
+    if len(points) < 2:
+        return None
+    window = max(1, len(points) // 100)
+    xs = [x for x, _ in points]
+    raw = [y for _, y in points]
+    ys = [sum(raw[max(0, i - window + 1) : i + 1]) / min(window, i + 1) for i in range(len(raw))]
+    low, high, last = min(ys), max(ys), max(xs)
+    span = (high - low) or 1.0
+    line = " ".join(f"{WIDTH * x / last:.1f},{HEIGHT * (high - y) / span:.1f}" for x, y in zip(xs, ys, strict=True))
+    return {"line": line, "low": low, "high": high, "last": last}

@@ -1,0 +1,257 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+
+from megablip.errors import ConfigError, PackingError
+from megablip.model.attention import ATTENTION
+from megablip.model.blip3 import Blip3Config, Blip3ForConditionalGeneration
+from megablip.model.layout import read_layout
+from megablip.model.vision import encode_tiles
+from megablip.records import IGNORE_LABEL, VisualLayout
+
+from .tiny import IMAGE_ID, PAD_ID, features_of, make_doc, pack, tiny_config, tiny_model
+
+
+def docs():
+    return [
+        make_doc(12, [], seed=1),
+        make_doc(20, [(2, 1)], seed=2),
+        make_doc(9, [(1, 2), (2, 2)], seed=3),
+        make_doc(31, [], seed=4),
+    ]
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_packed_equals_documents_alone():
+    model = tiny_model(window=16)
+    packed = pack(docs())
+    out = model(packed=packed, vision_features=features_of(model, packed))
+    out.loss.backward()
+    together = gradients(model)
+    model.zero_grad()
+    for number, doc in enumerate(docs()):
+        alone = pack([doc])
+        single = model(packed=alone, vision_features=features_of(model, alone))
+        single.loss.backward()
+        torch.testing.assert_close(out.document_loss[number], single.loss.detach(), atol=0, rtol=1e-6)
+        assert out.document_labels[number] == alone.valid_labels == single.document_labels[0]
+    torch.testing.assert_close(out.loss.detach(), out.document_loss.sum(), atol=0, rtol=1e-6)
+    for name, grad in gradients(model).items():
+        torch.testing.assert_close(together[name], grad, atol=1e-5 * grad.abs().max().item(), rtol=1e-5, msg=name)
+
+
+def test_packed_equals_ordinary_transformers_attention():
+    """The same documents, one by one through HF's own attention and F.cross_entropy."""
+    model = tiny_model(window=16)
+    packed = pack(docs())
+    out = model(packed=packed, vision_features=features_of(model, packed))
+    model.set_attn_implementation({"text_config": "eager"})
+    for number, doc in enumerate(docs()):
+        single = model(
+            doc.input_ids[None],
+            labels=doc.labels[None],
+            tiles=doc.tiles,
+            patch_mask=doc.patch_mask,
+            grids=torch.tensor(doc.grids).reshape(-1, 2),
+        )
+        torch.testing.assert_close(out.document_loss[number] / out.document_labels[number], single.loss, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("changed", [0, 1, 2, 3])
+def test_no_document_leaks_into_another(changed):
+    model = tiny_model(window=16)
+    first = docs()
+    second = docs()
+    second[changed] = make_doc(len(second[changed].input_ids) // 2, [(1, 2)], seed=99)
+    rows = []
+    for batch in (pack(first), pack(second)):
+        with torch.no_grad():
+            hidden, layout = model.packed_hidden_states(batch, features_of(model, batch))
+        rows.append(model.get_output_embeddings()(hidden).split(layout.doc_lens))
+    for number, (before, after) in enumerate(zip(*rows, strict=True)):
+        if number != changed:
+            torch.testing.assert_close(before, after, atol=1e-5, rtol=1e-5)
+    assert rows[0][changed].shape != rows[1][changed].shape or not torch.allclose(rows[0][changed], rows[1][changed])
+
+
+def test_dummy_tile_gives_the_sampler_exactly_zero_gradient():
+    model = tiny_model()
+    packed = pack([make_doc(12, [], seed=1)])
+    assert packed.dummy
+    features = features_of(model, packed)
+    out = model(packed=packed, vision_features=features)
+    out.loss.backward()
+    for name, parameter in model.sampler.named_parameters():
+        assert parameter.grad is not None, name
+        assert not parameter.grad.any(), name
+    assert model.decoder.model.embed_tokens.weight.grad.any()
+    # Not even a broken feature reaches the loss.
+    broken = model(packed=packed, vision_features=torch.full_like(features, float("nan")))
+    assert torch.equal(broken.loss, out.loss)
+
+
+@pytest.mark.parametrize("with_images", [True, False])
+@pytest.mark.parametrize("labels", [True, False])
+def test_every_trainable_parameter_gets_a_gradient(with_images, labels):
+    """ZeRO-3 would step one without with the gradient of an earlier step."""
+    model = tiny_model()
+    packed = pack([make_doc(12, [(2, 1)] if with_images else [], seed=1)])
+    if not labels:
+        packed.labels.fill_(IGNORE_LABEL)
+    model(packed=packed, vision_features=features_of(model, packed)).loss.backward()
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert missing == []
+    assert not any(p.requires_grad for p in model.vision_tower.parameters())
+
+
+def test_activation_checkpointing_changes_nothing():
+    model = tiny_model().train()
+    packed = pack(docs())
+    features = features_of(model, packed)
+    model(packed=packed, vision_features=features).loss.backward()
+    plain = gradients(model)
+    model.zero_grad()
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    model(packed=packed, vision_features=features).loss.backward()
+    for name, grad in gradients(model).items():
+        torch.testing.assert_close(grad, plain[name], atol=0, rtol=0, msg=name)
+
+
+def test_wrong_number_of_visual_tokens_is_an_error():
+    model = tiny_model()
+    packed = pack([make_doc(12, [(2, 1)], seed=1)])
+    features = features_of(model, packed)
+    packed.visual_token_index = packed.visual_token_index[1:]
+    with pytest.raises(PackingError, match="3 tiles make 9 visual tokens, but there are 8 places"):
+        model(packed=packed, vision_features=features)
+    with pytest.raises(PackingError, match="0 tiles make 0 visual tokens, but there are 9 places"):
+        model(packed.input_ids[None])
+
+
+def left_padded(rows):
+    length = max(len(row.input_ids) for row in rows)
+    ids = torch.full((len(rows), length), PAD_ID)
+    mask = torch.zeros_like(ids)
+    for number, row in enumerate(rows):
+        ids[number, length - len(row.input_ids) :] = row.input_ids
+        mask[number, length - len(row.input_ids) :] = 1
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "tiles": torch.cat([row.tiles for row in rows]),
+        "patch_mask": torch.cat([row.patch_mask for row in rows]),
+        "grids": torch.tensor([grid for row in rows for grid in row.grids], dtype=torch.int32).reshape(-1, 2),
+    }
+
+
+@pytest.mark.parametrize("window", [None, 16])
+def test_batched_generation_equals_one_by_one(window):
+    model = tiny_model(window=window)
+    prompts = [
+        make_doc(7, [], seed=5),
+        make_doc(11, [(2, 1)], seed=6),
+        make_doc(5, [(1, 2), (2, 2), (2, 1)], seed=7),
+    ]
+    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+
+    def new_tokens(rows):
+        inputs = left_padded(rows)
+        return model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+
+    together = new_tokens(prompts)
+    alone = torch.cat([new_tokens([prompt]) for prompt in prompts])
+    assert together.shape == (3, 12)
+    assert torch.equal(together, alone)
+    assert len(set(together[0].tolist())) > 2  # a model that repeats one token proves nothing
+    # The images matter: other pixels, other answers.
+    inputs = left_padded(prompts)
+    inputs["tiles"] = 255 - inputs["tiles"]
+    other = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+    assert torch.equal(other[0], together[0])
+    assert not torch.equal(other[2], together[2])
+    # And so does the cache, against no cache at all.
+    without_cache = model.generate(**left_padded(prompts), **options, use_cache=False)[:, -12:]
+    assert torch.equal(without_cache, together)
+
+
+def test_several_sequences_of_a_prompt_with_images_are_refused():
+    model = tiny_model()
+    with pytest.raises(ConfigError, match="3 sequences"):
+        model.generate(**left_padded([make_doc(5, [(1, 2)], seed=7)]), num_return_sequences=3, do_sample=True)
+
+
+def test_save_and_load_through_auto_classes(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    packed = pack(docs())
+    wanted = model(packed=packed, vision_features=features_of(model, packed)).loss
+    for auto in (AutoModel, AutoModelForImageTextToText):
+        loaded, report = auto.from_pretrained(tmp_path, output_loading_info=True)
+        assert isinstance(loaded, Blip3ForConditionalGeneration)
+        assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        assert loaded.decoder.config._attn_implementation == ATTENTION
+        assert torch.equal(loaded(packed=packed, vision_features=features_of(loaded, packed)).loss, wanted)
+        for name, buffer in model.named_buffers():
+            assert torch.equal(buffer, loaded.get_buffer(name)), name
+    prefixes = {name.split(".")[0] for name in model.state_dict()}
+    assert prefixes == {"vision_tower", "sampler", "decoder"}
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(config, Blip3Config)
+    assert config.layout == read_layout(tmp_path) == VisualLayout(16, 4, 3, ((1, 2), (2, 1), (2, 2)))
+    without = Blip3ForConditionalGeneration(config, with_vision_tower=False)
+    assert without.vision_tower is None
+    assert not any(name.startswith("vision_tower") for name in without.state_dict())
+
+
+def test_released_tile_layout_regroups_before_the_sampler():
+    crops, released = tiny_model(), tiny_model(tile_layout="released")
+    released.load_state_dict(crops.state_dict())
+    for grids, same in ([(1, 2)], True), ([(2, 1)], False):
+        packed = pack([make_doc(9, grids, seed=3)])
+        features = features_of(crops, packed)
+        losses = [model(packed=packed, vision_features=features).loss for model in (crops, released)]
+        assert torch.equal(*losses) is same
+
+
+def test_tower_is_frozen_and_in_chunks_gives_the_same():
+    model = tiny_model().train()
+    assert not model.vision_tower.training
+    tiles = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8)
+    whole = encode_tiles(model.vision_tower, tiles)
+    assert whole.shape == (5, 16, 32)
+    assert not whole.requires_grad
+    torch.testing.assert_close(encode_tiles(model.vision_tower, tiles, chunk_tiles=2), whole, atol=1e-5, rtol=1e-5)
+    pixels = (tiles.float() / 255 - 0.5) / 0.5
+    torch.testing.assert_close(encode_tiles(model.vision_tower, pixels), whole, atol=1e-5, rtol=1e-5)
+
+
+def test_unbuildable_configs_are_refused():
+    config = tiny_config()
+    config.text_config.tie_word_embeddings = True
+    with pytest.raises(ConfigError, match="ties its output head"):
+        Blip3ForConditionalGeneration(config)
+    with pytest.raises(ConfigError, match="96 embedding rows and none for id 96"):
+        Blip3ForConditionalGeneration(tiny_config(image_token_id=96))
+    assert tiny_config().image_token_id == IMAGE_ID
+
+
+def test_broken_model_folders_are_config_errors(tmp_path):
+    with pytest.raises(ConfigError, match="can't be read"):
+        read_layout(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "phi3"}')
+    with pytest.raises(ConfigError, match="no config of a megablip model"):
+        read_layout(tmp_path)
+    (tmp_path / "config.json").write_text("[")
+    with pytest.raises(ConfigError, match="can't be read"):
+        read_layout(tmp_path)
+
+
+def test_layout_needs_neither_torch_nor_transformers():
+    check = "import sys, megablip.model.layout; sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
