@@ -11,11 +11,11 @@ from tools.digits import Digits
 
 EMPTY = -1  # a cell without a digit
 
-MAX_ROTATION_DEGREES = 14.0
-MAX_SHEAR = 0.2
-SCALES = (0.85, 1.05)  # of the ink; beyond this neighbours would touch
+MAX_ROTATION_DEGREES = 12.0
+MAX_SHEAR = 0.12
+SCALES = (0.88, 1.08)  # of the ink; beyond this neighbours would touch
 MAX_JITTER = 1  # pixels that a digit strays from its cell's middle
-MIN_CONTRAST = 80.0  # between the grey values of ink and paper
+MIN_CONTRAST = 90.0  # between the grey values of ink and paper
 MAX_NOISE = 12.0  # grey levels
 
 

@@ -93,7 +93,7 @@ def test_an_index_is_reused_and_a_changed_shard_indexed_again(shard, monkeypatch
     assert [members["txt"] for _, members in read_all(shard)] == [b"new"] * 5
 
 
-@pytest.mark.parametrize("change", ["shorter", "longer", "other", "cut index", "wrong count", "no index"])
+@pytest.mark.parametrize("change", ["shorter", "longer", "other", "appended", "cut index", "wrong count", "no index"])
 def test_an_index_of_another_shard_is_not_trusted(shard, change):
     """Even if its time stamp is newer than the shard's."""
     index = shard.parent / "part-000.idx"
@@ -101,6 +101,9 @@ def test_an_index_of_another_shard_is_not_trusted(shard, change):
     samples = [{"txt": b"text %d" % n} for n in range({"shorter": 3, "longer": 40}.get(change, 12))]
     if change in ("shorter", "longer", "other"):
         write_tar(shard, samples)
+    elif change == "appended":
+        with tarfile.open(shard, "a") as tar:
+            add(tar, "later.txt")
     elif change == "cut index":
         index.write_bytes(index.read_bytes()[:-30])
     elif change == "wrong count":

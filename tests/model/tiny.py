@@ -14,9 +14,9 @@ from megablip.records import IGNORE_LABEL, MicroBatch
 IMAGE_ID, PAD_ID, VOCABULARY = 90, 89, 96
 
 
-def tiny_config(window: int | None = None, **overrides) -> Blip3Config:
+def tiny_config(window: int | None = None, vocabulary: int = VOCABULARY, **overrides) -> Blip3Config:
     text = Phi3Config(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         hidden_size=48,
         intermediate_size=64,
         num_hidden_layers=2,

@@ -104,18 +104,20 @@ def test_a_digit_is_a_token_and_ocr_documents_are_short(folder, tmp_path):
     assert max(lengths) <= 90
 
 
-def test_the_same_seed_writes_the_same_bytes(folder, tmp_path, few_copies):
-    make_demo_shards(tmp_path / "again", documents=400, seed=0, progress=Progress(disable=True))
-    for shard in folder.rglob("*.tar"):
-        assert shard.read_bytes() == (tmp_path / "again" / shard.relative_to(folder)).read_bytes()
-
-
-def test_command_line(tmp_path, few_copies):
-    (tmp_path / "precious").touch()
-    done = CliRunner().invoke(app, ["--documents", "100", "--out", str(tmp_path / "out")])
+def test_the_command_makes_the_same_bytes_from_the_same_seed(folder, tmp_path, few_copies):
+    done = CliRunner().invoke(app, ["--documents", "400", "--seed", "0", "--out", str(tmp_path / "out")])
     assert done.exit_code == 0
     assert "shards" in done.stdout
-    assert len(list(samples(tmp_path / "out", "train", "ocr"))) == 72
+    shards = sorted(folder.rglob("*.tar"))
+    assert [shard.relative_to(folder) for shard in shards] == [
+        shard.relative_to(tmp_path / "out") for shard in sorted((tmp_path / "out").rglob("*.tar"))
+    ]
+    for shard in shards:
+        assert shard.read_bytes() == (tmp_path / "out" / shard.relative_to(folder)).read_bytes()
+
+
+def test_the_command_refuses_a_folder_of_something_else(tmp_path):
+    (tmp_path / "precious").touch()
     refused = CliRunner().invoke(app, ["--out", str(tmp_path)])
     assert refused.exit_code == 1
     assert "not ours to replace" in refused.stderr

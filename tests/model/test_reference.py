@@ -1,0 +1,116 @@
+"""Equality with the public xGen-MM code on a tiny model (tests/fixtures/xgen_mm_reference)."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Phi3Config, SiglipVisionConfig
+
+from megablip.data.images import choose_grid, patch_mask
+from megablip.model.blip3 import Blip3Config, Blip3ForConditionalGeneration
+from megablip.model.samplers import regroup_released
+from megablip.model.vision import encode_tiles
+
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "xgen_mm_reference"
+FACTS = json.loads((FIXTURE / "reference.json").read_text())
+SPECIAL = FACTS["initial_tokenizer_len"]  # ids from here on have rows of their own in the released layout
+CASES = range(len(FACTS["cases"]))
+
+
+def undecoupled(weights):
+    """Released names to ours; the added tokens' rows go into the decoder's own tables."""
+    state = {}
+    for name, tensor in weights.items():
+        name = name.removeprefix("vlm.").replace("vision_encoder.", "vision_tower.")
+        name = name.replace("vision_tokenizer.", "sampler.").replace("lang_model.", "decoder.")
+        state[name] = tensor.float()
+    for table, extra in (
+        ("model.embed_tokens.weight", "model.embed_tokens.additional_embedding.weight"),
+        ("lm_head.weight", "lm_head.additional_fc.weight"),
+        ("lm_head.bias", "lm_head.additional_fc.bias"),
+    ):
+        rows = state.pop(f"decoder.{extra}")
+        state[f"decoder.{table}"][SPECIAL : SPECIAL + len(rows)] = rows
+    return state
+
+
+@pytest.fixture(scope="module")
+def model():
+    resampler = FACTS["resampler"]
+    config = Blip3Config(
+        text_config=Phi3Config(**{**FACTS["text"], "pad_token_id": FACTS["pad_token_id"], "bos_token_id": 1, "eos_token_id": 2}),
+        vision_config=SiglipVisionConfig(**FACTS["vision"]),
+        sampler=resampler,
+        grids=[(w // FACTS["base_tile"], h // FACTS["base_tile"]) for w, h in FACTS["grids_wh"]],
+        tile_layout="released",
+        image_token_id=FACTS["image_token_id"],
+        pad_token_id=FACTS["pad_token_id"],
+        head_bias=True,
+    )
+    model = Blip3ForConditionalGeneration(config).eval()
+    model.load_state_dict(undecoupled(load_file(FIXTURE / "model.safetensors")))
+    return model
+
+
+@pytest.fixture(scope="module")
+def cases():
+    return load_file(FIXTURE / "cases.safetensors")
+
+
+def images(cases, number, layout):
+    """Tiles, crop-wise masks and grids of a case."""
+    sizes = FACTS["cases"][number]["sizes_wh"]
+    tiles = [cases[f"{number}.{k}.tiles"] for k in range(len(sizes))]
+    grids = [choose_grid(tuple(size), layout.grids, layout.tile_size) for size in sizes]
+    masks = [torch.from_numpy(patch_mask(tuple(size), grid, layout)) for size, grid in zip(sizes, grids, strict=True)]
+    return tiles, masks, grids
+
+
+def expanded(ids, labels, visual_tokens):
+    """Each `<image>` id as many times as its image has visual tokens, without labels there."""
+    counts = torch.ones_like(ids)
+    counts[ids == FACTS["image_token_id"]] = torch.tensor(visual_tokens)
+    labels = torch.where(ids == FACTS["image_token_id"], -100, labels)
+    # The reference never trains on its added tokens.
+    labels = torch.where((labels >= SPECIAL) | (labels == FACTS["pad_token_id"]), -100, labels)
+    return ids.repeat_interleave(counts), labels.repeat_interleave(counts)
+
+
+@pytest.mark.parametrize("number", CASES)
+def test_sampler(model, cases, number):
+    tiles, masks, grids = images(cases, number, model.config.layout)
+    features = encode_tiles(model.vision_tower, torch.cat(tiles))
+    features, mask = regroup_released(features, torch.cat(masks), grids)
+    fixture = torch.cat([cases[f"{number}.{k}.mask"] for k in range(len(tiles))])
+    assert torch.equal(mask, fixture.bool())
+    with torch.no_grad():
+        visual = model.sampler(features, mask)
+    torch.testing.assert_close(visual, cases[f"{number}.visual_tokens"], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["base", "anyres_patch"])
+@pytest.mark.parametrize("number", CASES)
+def test_logits_and_loss(model, cases, number, mode):
+    tiles, masks, grids = images(cases, number, model.config.layout)
+    if mode == "base":  # the whole image squashed, and nothing else
+        tiles, masks, grids = [x[:1] for x in tiles], [x[:1] for x in masks], []
+    tokens = model.config.layout.tokens_per_tile
+    ids, labels = expanded(
+        cases[f"{number}.input_ids"].flatten(), cases[f"{number}.labels"].flatten(), [len(x) * tokens for x in tiles]
+    )
+    with torch.no_grad():
+        out = model(
+            ids[None],
+            labels=labels[None],
+            tiles=torch.cat(tiles),
+            patch_mask=torch.cat(masks),
+            grids=torch.tensor(grids, dtype=torch.int32).reshape(-1, 2),
+        )
+    wanted = cases[f"{number}.{mode}.logits"]
+    assert out.logits.shape[1] == len(wanted)
+    torch.testing.assert_close(out.logits[0, :, : wanted.shape[1]], wanted, atol=1e-4, rtol=1e-4)
+    # The reference's softmax has no rows past its added tokens.
+    exact = torch.nn.functional.cross_entropy(out.logits[0, :-1, : wanted.shape[1]], labels[1:])
+    torch.testing.assert_close(exact, cases[f"{number}.{mode}.loss"].reshape(()), atol=1e-5, rtol=1e-5)
