@@ -14,12 +14,16 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from megablip.errors import ConfigError
+
+# A date that does not exist, a number of 5000 digits or bytes that are no text
+# end in a ValueError, a thousand brackets in a RecursionError.
+_YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
 
 
 def operational(default: Any = ..., **kwargs: Any) -> Any:
@@ -30,13 +34,13 @@ def operational(default: Any = ..., **kwargs: Any) -> Any:
 class Section(BaseModel):
     """Base of all sections: frozen, no unknown keys, docstrings under fields."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Duration(Section):
     """An amount of training: `"2000 steps"` or `"100B tokens"` in YAML."""
 
-    value: int
+    value: int = Field(ge=0)
     unit: Literal["steps", "tokens"]
 
     @model_validator(mode="before")
@@ -44,7 +48,7 @@ class Duration(Section):
     def _parse(cls, raw: Any) -> Any:
         if not isinstance(raw, str):
             return raw
-        match = re.fullmatch(r"\s*([\d_.]+)\s*([kMBT]?)\s*(steps|tokens)\s*", raw)
+        match = re.fullmatch(r"\s*(\d[\d_]{0,30}(?:\.\d{1,30})?)\s*([kMBT]?)\s*(steps|tokens)\s*", raw)
         if not match:
             raise ValueError(f"'{raw}' is no duration; write for example '2000 steps' or '2.5M tokens'")
         scale = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}[match[2]]
@@ -102,10 +106,13 @@ class BatchConfig(Section):
     """Packed sequences of one forward; gradient accumulation follows from it."""
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerConfig(Section):
     lr: float = Field(gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     """Applied to matrices only, not to norms, biases, embeddings or latents."""
     clip_norm: float = Field(1.0, gt=0)
@@ -182,10 +189,10 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     """
     path = Path(path)
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError("the recipe does not exist", where=str(path), remedy="check the path") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, *_YAML_ERRORS) as error:
         raise ConfigError(f"the recipe can't be read: {error}", where=str(path)) from None
     if not isinstance(raw, dict):
         raise ConfigError("the recipe is not a mapping of keys to values", where=str(path))
@@ -241,7 +248,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         raise ConfigError(f"'{override}' is no override", where="command line", remedy="write key.subkey=value")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except _YAML_ERRORS as error:
         raise ConfigError(f"the value of {key} is no YAML: {error}", where="command line") from None
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
         value = float(value)  # YAML 1.1 reads 1e-3 as a string
@@ -261,7 +268,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 
 
 def _list_item(items: list[Any], number: str, key: str) -> Any:
-    if not number.isdigit() or int(number) >= len(items):
+    if not number.isdecimal() or int(number) >= len(items):
         raise ConfigError(
             f"'{number}' is no index of a list of {len(items)}", where=f"override {key}", remedy="count from 0"
         )

@@ -63,6 +63,8 @@ class CheckpointStore:
 
     def __init__(self, folder: Path, keep: int, topology: Topology):
         self._folder, self._keep, self._topology = folder, keep, topology
+        self._damaged: set[Path] = set()  # committed, but found not to be whole
+        self._saved: set[Path] = set()
 
     def save(
         self,
@@ -84,8 +86,9 @@ class CheckpointStore:
         """
         final = self._folder / f"step_{step:08d}"
         staging = final.with_suffix(".tmp")
-        if self._agree(lambda: self._prepare(final, staging), "prepare the folder"):
+        if final in self._saved:
             return final
+        self._agree(lambda: self._prepare(final, staging), "prepare the folder")
 
         def write() -> dict[str, Any]:
             path = staging / rank_file(self._topology.rank)
@@ -96,11 +99,14 @@ class CheckpointStore:
             parts = self._gather(write, "write the rank's file")
             lanes = {lane: state for part in parts for lane, state in part["lanes"].items()}
             files = dict(part["file"] for part in parts)
+            trainer_state = {"format": FORMAT_VERSION, "step": step, **trainer_state}
             self._agree(lambda: self._commit(staging, final, files, lanes, trainer_state), "commit")
         except CheckpointError:
-            if self._topology.is_first:
-                shutil.rmtree(staging, ignore_errors=True)
+            if self._topology.is_first:  # a full disk needs the room back
+                for path in _uncommitted(self._folder):
+                    shutil.rmtree(path, ignore_errors=True)
             raise
+        self._saved.add(final)
         return final
 
     def newest(self, report: Callable[[str], None]) -> Checkpoint | None:
@@ -119,6 +125,7 @@ class CheckpointStore:
             found = [problem for problem in problems if problem]
             if not found:
                 return _open(folder)
+            self._damaged.add(folder)
             reasons.append(f"{folder.name}: {found[0]}")
             report(f"checkpoint {folder.name} is damaged ({found[0]}); trying the one before")
         if reasons:
@@ -129,15 +136,12 @@ class CheckpointStore:
             )
         return None
 
-    def _prepare(self, final: Path, staging: Path) -> bool:
-        """True if this step is committed already. First rank only."""
-        if (final / _COMMITTED).exists():
-            return True
-        for leftover in (final, staging):
-            if leftover.exists():
-                shutil.rmtree(leftover)
+    def _prepare(self, final: Path, staging: Path) -> None:
+        # A committed one that this run did not save was passed over as damaged.
+        (final / _COMMITTED).unlink(missing_ok=True)
+        for leftover in _uncommitted(self._folder):
+            shutil.rmtree(leftover)
         staging.mkdir(parents=True)
-        return False
 
     def _commit(
         self,
@@ -149,7 +153,7 @@ class CheckpointStore:
     ) -> None:
         with (staging / _DATA_STATE).open("wb") as stream:
             np.savez(stream, **{f"lane_{lane:05d}": state for lane, state in sorted(lanes.items())})
-        (staging / _TRAINER_STATE).write_text(json.dumps({"format": FORMAT_VERSION, **trainer_state}, indent=1))
+        (staging / _TRAINER_STATE).write_text(json.dumps(trainer_state, indent=1))
         files |= dict(_describe(staging / name) for name in (_DATA_STATE, _TRAINER_STATE))
         manifest = json.dumps({"format": FORMAT_VERSION, "files": files}, indent=1).encode()
         _write_synced(staging / _MANIFEST, manifest)
@@ -160,7 +164,9 @@ class CheckpointStore:
         _sync_folder(final)
         _write_synced(self._folder / f"{_LATEST}.tmp", final.name.encode())
         os.replace(self._folder / f"{_LATEST}.tmp", self._folder / _LATEST)
-        for old in committed(self._folder)[: -self._keep]:
+        # A damaged one is of no use and must not push out a whole one.
+        whole = [path for path in committed(self._folder) if path not in self._damaged]
+        for old in [*sorted(self._damaged), *whole[: -self._keep]]:
             # Without its mark a half-deleted folder is no checkpoint.
             (old / _COMMITTED).unlink()
             shutil.rmtree(old)

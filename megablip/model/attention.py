@@ -29,6 +29,11 @@ ATTENTION = "megablip_varlen"
 
 _HALF = (torch.bfloat16, torch.float16)
 
+# The CPU's fused attention has a slow backward in half precision.  Up to this many
+# tokens plain matrix products beat it, forward and backward, with 4 heads x 32 and
+# with 32 heads x 96: 3 to 5 times at 32 tokens, 1.3 times at 512; at 1024 they lose.
+_SHORT_TOKENS = 512
+
 
 @dataclass(frozen=True, slots=True)
 class Backend:
@@ -87,8 +92,6 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float, 
         mask: bool, broadcastable to [B, heads, Q, K]; True where a key is seen.
             Each query must see a key.
     """
-    # The CPU's fused kernel is slow in bf16 on small batches' backward: 2.7 times the
-    # products done one by one at 36 keys; from a few hundred keys on memory decides.
     if query.device.type == "cpu" and query.dtype in _HALF and key.shape[-2] <= _SHORT_TOKENS:
         scores = torch.matmul(query * scale, key.transpose(-1, -2))
         if mask is not None:
@@ -134,12 +137,6 @@ def _torch_varlen(q, k, v, *, layout: PackedLayout, causal: bool, scale: float, 
         window_size=(window - 1 if window is not None else -1, 0 if causal else -1),
         enable_gqa=q.shape[1] != k.shape[1],
     )
-
-
-# Documents up to this length go through padded batches of matrix products on the CPU
-# in half precision, longer ones through SDPA one by one.  Measured for bf16 with
-# 4 heads x 32 and 32 heads x 96: the products win below about 256 to 600 tokens.
-_SHORT_TOKENS = 256
 
 
 def _per_document(q, k, v, *, layout: PackedLayout, causal: bool, scale: float, window: int | None) -> Tensor:

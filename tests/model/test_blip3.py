@@ -60,7 +60,9 @@ def test_packed_equals_ordinary_transformers_attention():
             patch_mask=doc.patch_mask,
             grids=torch.tensor(doc.grids).reshape(-1, 2),
         )
-        torch.testing.assert_close(out.document_loss[number] / out.document_labels[number], single.loss, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            out.document_loss[number] / out.document_labels[number], single.loss, atol=1e-5, rtol=1e-5
+        )
 
 
 @pytest.mark.parametrize("changed", [0, 1, 2, 3])
@@ -197,6 +199,8 @@ def test_save_and_load_through_auto_classes(tmp_path):
         assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
         assert loaded.decoder.config._attn_implementation == ATTENTION
         assert torch.equal(loaded(packed=packed, vision_features=features_of(loaded, packed)).loss, wanted)
+        assert loaded.generation_config.suppress_tokens == [IMAGE_ID]
+        assert loaded.generation_config.eos_token_id == 2
         for name, buffer in model.named_buffers():
             assert torch.equal(buffer, loaded.get_buffer(name)), name
     prefixes = {name.split(".")[0] for name in model.state_dict()}

@@ -26,7 +26,9 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     write_tokenizer(folder, bos_token="<s>", tokenizer_class="PreTrainedTokenizerFast", pad_token="<pad>")
     tokenizer = Tokenizer(folder)
-    model = tiny_model(image_token_id=tokenizer.image_id, pad_token_id=tokenizer.pad_id, vocabulary=tokenizer.vocab_size)
+    model = tiny_model(
+        image_token_id=tokenizer.image_id, pad_token_id=tokenizer.pad_id, vocabulary=tokenizer.vocab_size
+    )
     model.save_pretrained(folder)
     Blip3Processor(
         AutoTokenizer.from_pretrained(folder), LAYOUT.tile_size, LAYOUT.patch_size, LAYOUT.tokens_per_tile, LAYOUT.grids

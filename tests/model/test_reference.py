@@ -40,7 +40,9 @@ def undecoupled(weights):
 def model():
     resampler = FACTS["resampler"]
     config = Blip3Config(
-        text_config=Phi3Config(**{**FACTS["text"], "pad_token_id": FACTS["pad_token_id"], "bos_token_id": 1, "eos_token_id": 2}),
+        text_config=Phi3Config(
+            **{**FACTS["text"], "pad_token_id": FACTS["pad_token_id"], "bos_token_id": 1, "eos_token_id": 2}
+        ),
         vision_config=SiglipVisionConfig(**FACTS["vision"]),
         sampler=resampler,
         grids=[(w // FACTS["base_tile"], h // FACTS["base_tile"]) for w, h in FACTS["grids_wh"]],

@@ -92,7 +92,10 @@ def pack(docs: list[Doc]) -> MicroBatch:
     grids = [grid for doc in docs for grid in doc.grids]
     dummy = len(tiles) == 0
     if dummy:
-        tiles, mask = torch.zeros(1, *tiles.shape[1:], dtype=torch.uint8), torch.ones(1, mask.shape[1], dtype=torch.bool)
+        tiles, mask = (
+            torch.zeros(1, *tiles.shape[1:], dtype=torch.uint8),
+            torch.ones(1, mask.shape[1], dtype=torch.bool),
+        )
     per_image = torch.tensor([1 + columns * rows for columns, rows in grids], dtype=torch.int64)
     return MicroBatch(
         input_ids=input_ids,
