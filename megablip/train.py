@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +28,12 @@ from megablip.config import Config, dump_config, load_config
 from megablip.data.loader import Loader, StepBatch, micro_batches_per_step
 from megablip.engine.health import StopSignal
 from megablip.engine.optimizer import learning_rate
+from megablip.engine.rng import restore_rng, rng_states
 from megablip.engine.status import Outcome, RunStatus
 from megablip.engine.symmetry import StepReport, exchange
 from megablip.engine.topology import Topology, init_distributed
 from megablip.engine.zero import ZeroEngine, complete_ds_config
-from megablip.errors import CheckpointError, ConfigError, MegablipError, RankMismatchError
+from megablip.errors import CheckpointError, MegablipError, RankMismatchError
 from megablip.metrics.board import Board, ProgressLine
 from megablip.model.attention import select_backend
 from megablip.model.blip3 import Blip3Config, Blip3ForConditionalGeneration
@@ -73,56 +75,52 @@ def run(config: Config, topology: Topology, status: RunStatus, stop: StopSignal)
     export = ExportReader(config.model.path)
     base = {"model": export.hash(), "tokenizer": file_hash(Path(config.model.path) / "tokenizer.json")}
 
-    dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
-    backend = select_backend(topology.device.type, dtype)
-    say(f"attention: {backend.name} ({backend.reason})")
-    micro_batches = micro_batches_per_step(config, topology.world)
-    ds_config = complete_ds_config(config.engine, config.optimizer.clip_norm, micro_batches, topology.device.type)
-    say(f"DeepSpeed: {ds_config}")
-    engine = ZeroEngine(
-        lambda: Blip3ForConditionalGeneration(model_config, with_vision_tower=False),
-        ds_config,
-        config.optimizer,
-        topology,
-    )
-    tower = load_tower(export, model_config.vision_config, dtype, topology.device)
-
     store = CheckpointStore(run_dir / "checkpoints", config.checkpoint.keep, topology)
-    progress, lane_states = Progress(), None
     checkpoint = store.newest(say) if config.resume == "auto" else None
-    if checkpoint is None:
-        engine.load(export.read, moments=False)
-        say(f"starting from {config.model.path}")
-    else:
-        state = checkpoint.trainer_state
-        for name, digest in base.items():
-            if state["base"][name] != digest:
-                raise ConfigError(
-                    f"the {name} of model.path is not the one this run began with",
-                    where=f"{config.model.path}, {checkpoint.folder}",
-                    remedy="give the folder the run began with, or start a new run_dir",
-                )
-        reader = SliceReader(checkpoint.folder)
-        engine.load(reader.read, moments=True, adam_step=state["adam_step"])
-        _restore_rng(reader.rng_states(topology.rank))
-        progress, lane_states = Progress(**state["progress"]), checkpoint.lane_states()
-        say(f"resumed from {checkpoint.folder.name}")
+    progress, lane_states = Progress(), None
+    if checkpoint:
+        checkpoint.check_base(base, config.model.path)
+        progress, lane_states = Progress(**checkpoint.trainer_state["progress"]), checkpoint.lane_states()
 
-    board = Board(run_dir, progress.step) if topology.is_first else None
-    if board:
-        board.text("config", f"```yaml\n{dump_config(config)}```")
-    loader = Loader(
+    # The loader's processes read ahead while the engine is built.
+    with Loader(
         config, config.model.path, model_config.layout, topology.rank, topology.world, lane_states, progress.step
-    )
-    trainer = Trainer(config, topology, engine, tower, loader, store, base, progress, board, stop, say)
-    with loader:
+    ) as loader:
+        dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+        backend = select_backend(topology.device.type, dtype)
+        say(f"attention: {backend.name} ({backend.reason})")
+        micro_batches = micro_batches_per_step(config, topology.world)
+        ds_config = complete_ds_config(config.engine, config.optimizer.clip_norm, micro_batches, topology.device.type)
+        say(f"DeepSpeed: {ds_config}")
+        engine = ZeroEngine(partial(_build, model_config, config), ds_config, config.optimizer, topology)
+        if checkpoint:
+            reader = SliceReader(checkpoint.folder)
+            engine.load(reader.read, moments=True, adam_step=checkpoint.trainer_state["adam_step"])
+            restore_rng(reader.rng_states(topology.rank))
+            say(f"resumed from {checkpoint.folder.name}")
+        else:
+            engine.load(export.read, moments=False)
+            say(f"starting from {config.model.path}")
+        tower = load_tower(export, model_config.vision_config, dtype, topology.device)
+
+        board = Board(run_dir, progress.step, dump_config(config)) if topology.is_first else None
+        trainer = Trainer(config, topology, engine, tower, loader, store, base, progress, board, stop, say)
         outcome = trainer.train()
     if board:
         board.close()
         status.update(outcome=outcome, last_step=progress.step)
-        say(f"{outcome} at step {progress.step}: {progress.tokens} tokens, {progress.documents} documents")
-        say(f"waited for data {trainer.data_wait_s / max(trainer.loop_s, 1e-9):.1%} of {trainer.loop_s:.0f} s")
+    say(f"{outcome} at step {progress.step}: {progress.tokens} tokens, {progress.documents} documents")
+    say(f"waited for data {trainer.data_wait_share:.1%} of the loop's time")
     topology.leave()
+
+
+def _build(model_config: Blip3Config, config: Config) -> Blip3ForConditionalGeneration:
+    """The part of the model that is trained; the frozen tower stays outside the engine."""
+    model = Blip3ForConditionalGeneration(model_config, with_vision_tower=False)
+    if config.model.activation_checkpointing:
+        # Non-reentrant, for inputs without a gradient are right in it too.
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    return model
 
 
 @dataclass
@@ -140,13 +138,13 @@ class Trainer:
     board: Board | None
     stop: StopSignal
     say: Callable[[str], None]
+    began: float = 0.0
     data_wait_s: float = 0.0
-    loop_s: float = 0.0
 
     def train(self) -> Outcome:
         """Step until the duration is done or any rank is asked to stop; save; the outcome."""
 
-        line, began = ProgressLine(), time.perf_counter()
+        line, self.began = ProgressLine(), time.perf_counter()
         lane_states = None  # of the last step trained, not of the last one fetched
         while not self.finished and self.progress.step != self.config.stop_after_steps:
             batch, total = self.fetch()
@@ -155,7 +153,6 @@ class Trainer:
                 break
             scalars = self.step(batch, total)
             lane_states = batch.lane_states
-            self.loop_s = time.perf_counter() - began
             if self.board:
                 if self.progress.step % self.config.log.every_steps == 0:
                     self.board.write(self.progress.step, scalars)
@@ -233,7 +230,7 @@ class Trainer:
             "tokens_seen": progress.tokens,
             "documents_seen": progress.documents,
             "tokens_per_s": total.tokens / elapsed,
-            "data_wait_share": self.data_wait_s / (self.loop_s + elapsed),
+            "data_wait_share": self.data_wait_share,
             "padding_share": 1 - total.tokens / self.slots_per_step,
             "step_skipped": float(not self.engine.was_step_applied),
         }
@@ -248,12 +245,9 @@ class Trainer:
         Raises:
             CheckpointError: it could not be written; earlier ones are untouched.
         """
-        rng = {"cpu": torch.get_rng_state()}
-        if self.topology.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state()
         folder = self.store.save(
             self.progress.step,
-            lambda path: write_slices(path, self.engine.local_slices(), rng),
+            lambda path: write_slices(path, self.engine.local_slices(), rng_states()),
             lane_states,
             {
                 "progress": asdict(self.progress),
@@ -269,6 +263,11 @@ class Trainer:
     def slots_per_step(self) -> int:
         batch = self.config.batch
         return batch.lanes * batch.sequences_per_lane * self.config.data.sequence_length
+
+    @property
+    def data_wait_share(self) -> float:
+        """Share of the loop's time so far that it waited for data, the first step included."""
+        return self.data_wait_s / max(time.perf_counter() - self.began, 1e-9)
 
     @property
     def share_done(self) -> float:
@@ -291,13 +290,6 @@ def _facts(scalars: dict[str, float]) -> dict[str, str]:
 def _speaker(topology: Topology) -> Callable[[str], None]:
     """Prints on the first rank only."""
     return lambda text: print(text, flush=True) if topology.is_first else None
-
-
-def _restore_rng(states: dict[str, torch.Tensor]) -> None:
-    if "cpu" in states:
-        torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
 
 
 if __name__ == "__main__":

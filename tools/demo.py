@@ -61,7 +61,8 @@ def stages(size: Size, folder: Path) -> list[Stage]:
     data, tower, tokenizer = folder / "data", folder / "tower", folder / "tokenizer"
     start, run, export, report = folder / "start", folder / "run", folder / "export", folder / "report"
     return [
-        Stage("tower", [python, "-m", "tools.tower", "--out", str(tower), "--steps", str(size.tower_steps)], beside=True),
+        Stage("tower", [python, "-m", "tools.tower", "--out", str(tower), "--steps", str(size.tower_steps)],
+              beside=True),
         Stage("shards", [python, "-m", "tools.demo_shards", "--out", str(data), "--documents", str(size.documents)]),
         Stage("tokenizer", [python, "-m", "tokenization", "train", "--input", str(data / "corpus.txt"),
                             "--vocab-size", "400", "--out", str(tokenizer)]),

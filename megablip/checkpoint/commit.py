@@ -52,6 +52,20 @@ class Checkpoint:
         with np.load(self.folder / _DATA_STATE, allow_pickle=False) as stored:
             return {int(name.removeprefix("lane_")): stored[name] for name in stored.files}
 
+    def check_base(self, base: dict[str, str], path: str) -> None:
+        """Raises CheckpointError if frozen weights or tokenizer are not those the run began with.
+
+        Args:
+            base: hashes by name, of what lies in `path` now.
+        """
+        for name, digest in base.items():
+            if self.trainer_state["base"][name] != digest:
+                raise CheckpointError(
+                    f"the {name} is not the one this run began with",
+                    where=f"{path}, {self.folder}",
+                    remedy="give the folder the run began with, or start a new run_dir",
+                )
+
 
 class CheckpointStore:
     """The checkpoints of one run. All public methods but `committed` are collectives.
@@ -63,7 +77,7 @@ class CheckpointStore:
 
     def __init__(self, folder: Path, keep: int, topology: Topology):
         self._folder, self._keep, self._topology = folder, keep, topology
-        self._damaged: set[Path] = set()  # committed, but found not to be whole
+        self._damaged: set[Path] = set()
         self._saved: set[Path] = set()
 
     def save(
@@ -88,7 +102,6 @@ class CheckpointStore:
         staging = final.with_suffix(".tmp")
         if final in self._saved:
             return final
-        self._agree(lambda: self._prepare(final, staging), "prepare the folder")
 
         def write() -> dict[str, Any]:
             path = staging / rank_file(self._topology.rank)
@@ -96,6 +109,7 @@ class CheckpointStore:
             return {"file": _describe(path), "lanes": lane_states}
 
         try:
+            self._agree(lambda: self._prepare(final, staging), "prepare the folder")
             parts = self._gather(write, "write the rank's file")
             lanes = {lane: state for part in parts for lane, state in part["lanes"].items()}
             files = dict(part["file"] for part in parts)
@@ -137,8 +151,10 @@ class CheckpointStore:
         return None
 
     def _prepare(self, final: Path, staging: Path) -> None:
-        # A committed one that this run did not save was passed over as damaged.
-        (final / _COMMITTED).unlink(missing_ok=True)
+        # What this run passed over as damaged must neither stand in for the new
+        # checkpoint of its step nor count among those that retention leaves.
+        for path in self._damaged | {final}:
+            (path / _COMMITTED).unlink(missing_ok=True)
         for leftover in _uncommitted(self._folder):
             shutil.rmtree(leftover)
         staging.mkdir(parents=True)
@@ -162,11 +178,8 @@ class CheckpointStore:
         _sync_folder(self._folder)
         _write_synced(final / _COMMITTED, hashlib.sha256(manifest).hexdigest().encode())
         _sync_folder(final)
-        _write_synced(self._folder / f"{_LATEST}.tmp", final.name.encode())
-        os.replace(self._folder / f"{_LATEST}.tmp", self._folder / _LATEST)
-        # A damaged one is of no use and must not push out a whole one.
-        whole = [path for path in committed(self._folder) if path not in self._damaged]
-        for old in [*sorted(self._damaged), *whole[: -self._keep]]:
+        _write_synced(self._folder / _LATEST, final.name.encode())
+        for old in committed(self._folder)[: -self._keep]:
             # Without its mark a half-deleted folder is no checkpoint.
             (old / _COMMITTED).unlink()
             shutil.rmtree(old)
@@ -177,11 +190,15 @@ class CheckpointStore:
 
     def _gather(self, act: Callable[[], Any], doing: str) -> list[Any]:
         """All ranks act; all get every result, or an error if one failed."""
+        outcome, failure = None, None
         try:
-            outcome, error = act(), None
-        except OSError as problem:
-            outcome, error = None, str(problem)
-        outcomes, errors = zip(*self._topology.gather((outcome, error)), strict=True)
+            outcome = act()
+        except Exception as error:
+            failure = error
+        # A rank that failed for whatever reason takes part, or it would hang the others.
+        outcomes, errors = zip(*self._topology.gather((outcome, failure and str(failure))), strict=True)
+        if failure and not isinstance(failure, OSError):
+            raise failure
         failed = {rank: error for rank, error in enumerate(errors) if error}
         if failed:
             rank, error = next(iter(failed.items()))
@@ -195,7 +212,12 @@ class CheckpointStore:
 
 def committed(folder: Path) -> list[Path]:
     """Folders of committed checkpoints, oldest first; what is not committed does not count."""
-    return sorted(path.parent for path in folder.glob(f"step_*/{_COMMITTED}") if path.parent.suffix != ".tmp")
+    return sorted(path.parent for path in folder.glob(f"step_*/{_COMMITTED}"))
+
+
+def _uncommitted(folder: Path) -> list[Path]:
+    """What a save that failed or was killed left behind."""
+    return [path for path in folder.glob("step_*") if not (path / _COMMITTED).exists()]
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -206,7 +228,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """
     problem = _verify(folder, 0, 1)
     if problem:
-        raise CheckpointError(f"the checkpoint can't be used: {problem}", where=str(folder))
+        raise CheckpointError(
+            f"the checkpoint can't be used: {problem}",
+            where=str(folder),
+            remedy="name another checkpoint of the run, or restore this one from a copy",
+        )
     return _open(folder)
 
 
@@ -263,10 +289,13 @@ def _describe(path: Path, sync: bool = True) -> tuple[str, dict[str, Any]]:
 
 
 def _write_synced(path: Path, content: bytes) -> None:
-    with path.open("wb") as stream:
+    """The file is there whole or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("wb") as stream:
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
+    os.replace(temporary, path)
 
 
 def _sync_folder(folder: Path) -> None:

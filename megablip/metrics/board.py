@@ -19,15 +19,17 @@ class Board:
 
     Args:
         start_step: steps done when this attempt begins.
+        config: the resolved recipe, shown as text.
     """
 
-    def __init__(self, run_dir: Path, start_step: int):
+    def __init__(self, run_dir: Path, start_step: int, config: str):
         self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
         self._jsonl = run_dir / "metrics.jsonl"
         kept = [point for point in read_metrics(run_dir) if point["step"] <= start_step]
         self._jsonl.write_text("".join(json.dumps(point) + "\n" for point in kept))
         self._stream = self._jsonl.open("a", buffering=1)
         self._warned = False
+        self._tensorboard.add_text("config", f"```yaml\n{config}```", start_step)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """One point of each scalar. A full disk is reported once and does not stop the run."""
@@ -39,9 +41,6 @@ class Board:
             if not self._warned:
                 print(f"metrics can't be written: {error}; training goes on", file=sys.stderr, flush=True)
             self._warned = True
-
-    def text(self, name: str, text: str) -> None:
-        self._tensorboard.add_text(name, text)
 
     def close(self) -> None:
         try:
