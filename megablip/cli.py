@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from megablip.engine.topology import announce_cpu
 from megablip.errors import MegablipError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -83,6 +84,7 @@ def doctor() -> None:
 
 
 def main() -> None:
+    announce_cpu()
     try:
         app()
     except MegablipError as error:

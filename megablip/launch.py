@@ -20,6 +20,7 @@ import psutil
 from megablip.config import Config, dump_config, identity_changes, load_config
 from megablip.data.shards import expand_shards
 from megablip.engine.status import EXIT_CODES, RunStatus
+from megablip.engine.topology import has_gpu
 from megablip.errors import ConfigError
 
 RESOLVED_CONFIG = "config.yaml"
@@ -35,11 +36,14 @@ def launch(recipe: Path, overrides: list[str]) -> int:
     config_path = prepare_run(config)
     status = RunStatus(Path(config.run_dir))
     attempts_before = len(status.attempts)
-    return_code = _run_ranks(config, config_path)
+    return_code, asked_to_stop = _run_ranks(config, config_path)
     attempts = status.attempts
     if len(attempts) == attempts_before:
+        if asked_to_stop:
+            print("stopped before the ranks had started")
+            return EXIT_CODES["stopped"]
         print("the ranks did not start; their messages are above", file=sys.stderr)
-        return 1
+        return EXIT_CODES["failed"]
     outcome = attempts[-1]["outcome"]
     if outcome == "running":
         # The ranks ended without a word: killed, out of memory, crashed in C.
@@ -103,7 +107,8 @@ def launcher_command(config: Config, config_path: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def _run_ranks(config: Config, config_path: Path) -> int:
+def _run_ranks(config: Config, config_path: Path) -> tuple[int, bool]:
+    """The launcher's exit code, and whether a signal asked to stop."""
     process = subprocess.Popen(
         launcher_command(config, config_path),
         env=_environment(config),
@@ -121,7 +126,7 @@ def _run_ranks(config: Config, config_path: Path) -> int:
 
     previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     try:
-        return process.wait()
+        return process.wait(), bool(asked)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -145,8 +150,7 @@ def _environment(config: Config) -> dict[str, str]:
         environment["OMP_NUM_THREADS"] = str(config.engine.threads)
     # Idle OpenMP threads that spin would take the other ranks' cores.
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if not Path("/dev/nvidiactl").exists():
-        environment.setdefault("DS_ACCELERATOR", "cpu")
+    if not has_gpu():
         # On a CPU the launcher counts NUMA nodes as devices unless told.
         environment["LOCAL_SIZE"] = str(config.engine.ranks)
     return environment

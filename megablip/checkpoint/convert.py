@@ -45,6 +45,7 @@ def zero_to_hf(source: Path, output: Path, dtype: str = "fp32") -> None:
     """
     if dtype not in DTYPES:
         raise ConfigError(f"unknown dtype '{dtype}'", where="--dtype", remedy=f"one of {', '.join(DTYPES)}")
+    source = source.resolve()
     folder = source if (source / "COMMITTED").exists() else newest_committed(source)
     checkpoint = open_checkpoint(folder)
     start = Path(load_config(folder.parents[1] / "config.yaml").model.path)

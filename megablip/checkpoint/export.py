@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,16 +26,17 @@ class ExportReader:
     """Reads the safetensors files of an export folder, sharded or not.
 
     Raises:
-        CheckpointError: no weights in the folder, a tensor that is missing or
-            of another shape.
+        CheckpointError: no weights in the folder, a broken file, a tensor that
+            is missing or of another shape.
     """
 
     def __init__(self, folder: Path | str):
         self.folder = Path(folder)
         self._open: dict[str, safe_open] = {}
+        self._file_of: dict[str, str]
         index = self.folder / _INDEX
         if index.exists():
-            self._file_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            self._file_of = _read_index(index)
         elif (self.folder / _SINGLE).exists():
             self._file_of = dict.fromkeys(self._file(_SINGLE).keys(), _SINGLE)
         else:
@@ -49,16 +51,14 @@ class ExportReader:
         return sorted(self._file_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._file(self._file_of[name]).get_slice(name).get_shape())
+        return tuple(self._stored(name).get_shape())
 
     def read(self, name: str, kind: str, shape: tuple[int, ...], start: int, end: int) -> torch.Tensor:
         """fp32 vector of the elements [start, end) of a weight, flattened.
 
         `kind` is there to fit the engine's reader; an export has weights only.
         """
-        if name not in self._file_of:
-            raise CheckpointError(f"the export has no weight {name}", where=str(self.folder))
-        stored = self._file(self._file_of[name]).get_slice(name)
+        stored = self._stored(name)
         if tuple(stored.get_shape()) != tuple(shape):
             raise CheckpointError(
                 f"{name} is {tuple(stored.get_shape())} in the export and {tuple(shape)} in the model",
@@ -78,6 +78,17 @@ class ExportReader:
             digest.update(file_hash(self.folder / name).encode())
         return digest.hexdigest()
 
+    def _stored(self, name: str) -> Any:
+        if name not in self._file_of:
+            raise CheckpointError(f"the export has no weight {name}", where=str(self.folder))
+        file = self._file(self._file_of[name])
+        try:
+            return file.get_slice(name)
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{name} can't be read: {error}", where=str(self.folder / self._file_of[name])
+            ) from None
+
     def _file(self, name: str) -> safe_open:
         if name not in self._open:
             try:
@@ -85,6 +96,17 @@ class ExportReader:
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"the file can't be read: {error}", where=str(self.folder / name)) from None
         return self._open[name]
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"the index can't be read: {type(error).__name__}: {error}",
+            where=str(path),
+            remedy="copy or convert the folder again",
+        ) from None
 
 
 def load_tower(
@@ -104,6 +126,13 @@ def load_tower(
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    """SHA-256 of a file, in hexadecimal.
+
+    Raises:
+        CheckpointError: the file can't be read.
+    """
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"the file can't be read: {error.strerror}", where=str(path)) from None

@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -62,15 +63,14 @@ class SliceReader:
         self._open: dict[Path, safe_open] = {}
         self.parameters: dict[str, _Parameter] = {}
         for path in sorted(folder.glob("rank_*.safetensors")):
-            for name, extent in self._header(path).items():
-                shape = tuple(extent["shape"])
+            for name, (shape, start, end) in self._header(path).items():
                 known = self.parameters.setdefault(name, _Parameter(shape))
                 if known.shape != shape:
                     raise CheckpointError(
                         f"{name} has shape {shape} here and {known.shape} in another file", where=str(path)
                     )
-                if extent["end"] > extent["start"]:
-                    known.pieces.append((extent["start"], extent["end"], path))
+                if end > start:
+                    known.pieces.append((start, end, path))
         for parameter in self.parameters.values():
             parameter.pieces.sort()
 
@@ -88,7 +88,7 @@ class SliceReader:
         for piece_start, piece_end, path in parameter.pieces:
             low, high = max(filled, piece_start), min(end, piece_end)
             if low == filled and low < high:
-                stored = self._file(path).get_slice(f"{name}|{kind}")
+                stored = self._stored(path, f"{name}|{kind}")
                 values[low - start : high - start] = stored[low - piece_start : high - piece_start]
                 filled = high
         if filled != end:
@@ -116,11 +116,24 @@ class SliceReader:
             if name.startswith(f"{_RNG}|")
         }
 
-    def _header(self, path: Path) -> dict[str, dict[str, list[int] | int]]:
-        text = (self._file(path).metadata() or {}).get(_HEADER_KEY)
-        if text is None:
-            raise CheckpointError("the file has no table of slices", where=str(path), remedy="it is not a rank's file")
-        return json.loads(text)
+    def _header(self, path: Path) -> dict[str, tuple[tuple[int, ...], int, int]]:
+        """Shape, start and end of each parameter's slice in one file."""
+        text = (self._file(path).metadata() or {}).get(_HEADER_KEY, "null")
+        try:
+            return {
+                name: (tuple(extent["shape"]), extent["start"], extent["end"])
+                for name, extent in json.loads(text).items()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise CheckpointError(
+                "the file has no table of slices", where=str(path), remedy="it is not a rank's file"
+            ) from None
+
+    def _stored(self, path: Path, key: str) -> Any:
+        try:
+            return self._file(path).get_slice(key)
+        except SafetensorError as error:
+            raise CheckpointError(f"{key} can't be read: {error}", where=str(path)) from None
 
     def _file(self, path: Path) -> safe_open:
         if path not in self._open:

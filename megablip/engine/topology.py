@@ -12,6 +12,7 @@ import sys
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NoReturn
 
 # torch's and SLURM's name of each rendezvous variable, and its value when a
@@ -61,6 +62,17 @@ class Topology:
         os._exit(0)
 
 
+def has_gpu() -> bool:
+    """Whether the NVIDIA driver is loaded; found without importing torch."""
+    return Path("/dev/nvidiactl").exists()
+
+
+def announce_cpu() -> None:
+    """Tell DeepSpeed where there is no GPU; it would search, and warn, at each import."""
+    if not has_gpu():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
 def init_distributed(timeout_s: int, threads: int = 0) -> Topology:
     """Join the process group: NCCL where there is a GPU, else gloo.
 
@@ -73,8 +85,7 @@ def init_distributed(timeout_s: int, threads: int = 0) -> Topology:
     import torch
 
     on_gpu = torch.cuda.is_available()
-    if not on_gpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    announce_cpu()
     if threads:
         torch.set_num_threads(threads)
 

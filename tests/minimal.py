@@ -1,0 +1,18 @@
+"""The smallest recipe."""
+
+RECIPE = {
+    "stage": "pretrain",
+    "run_dir": "runs/r",
+    "duration": "100 steps",
+    "model": {"path": "start"},
+    "data": {
+        "sources": [
+            {"name": "a", "shards": "a-*.tar", "schema": "caption", "weight": 2},
+            {"name": "b", "shards": ["b-0.tar", "b-1.tar"], "schema": "text", "weight": 1},
+        ],
+        "sequence_length": 128,
+        "max_tiles": 8,
+    },
+    "batch": {"lanes": 4},
+    "optimizer": {"lr": 0.001},
+}
