@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import json
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,9 +28,10 @@ RECIPES = REPOSITORY / "megablip" / "recipes" / "mini"
 
 @dataclass(frozen=True)
 class Stage:
-    """One command. `beside` starts it together with the next stage."""
+    """One command and the folder it makes. `beside` starts it together with the next stage."""
 
     name: str
+    output: Path
     command: list[str]
     beside: bool = False
 
@@ -57,25 +59,48 @@ HELLO = Size(
 
 def stages(size: Size, folder: Path) -> list[Stage]:
     """The commands, in order."""
-    megablip, python = f"{Path(sys.executable).parent}/megablip", sys.executable
-    data, tower, tokenizer = folder / "data", folder / "tower", folder / "tokenizer"
-    start, run, export, report = folder / "start", folder / "run", folder / "export", folder / "report"
+
+    def module(name: str, *arguments: object) -> list[str]:
+        return [sys.executable, "-m", name, *map(str, arguments)]
+
+    def megablip(*arguments: object) -> list[str]:
+        return [str(Path(sys.executable).with_name("megablip")), *map(str, arguments)]
+
+    names = ("data", "tower", "tokenizer", "start", "run", "export", "report")
+    data, tower, tokenizer, start, run, export, report = (folder / name for name in names)
+    sources = [
+        f"data.sources.{number}.shards={data}/train/{kind}-*.tar"
+        for number, kind in enumerate(["ocr", "caption", "interleaved", "text"])
+    ]
     return [
-        Stage("tower", [python, "-m", "tools.tower", "--out", str(tower), "--steps", str(size.tower_steps)],
-              beside=True),
-        Stage("shards", [python, "-m", "tools.demo_shards", "--out", str(data), "--documents", str(size.documents)]),
-        Stage("tokenizer", [python, "-m", "tokenization", "train", "--input", str(data / "corpus.txt"),
-                            "--vocab-size", "400", "--out", str(tokenizer)]),
-        Stage("start", [megablip, "convert", "init", str(start), "--tower", str(tower), "--tokenizer", str(tokenizer),
-                        "--model", str(RECIPES / "model.yaml")]),
-        Stage("train", [megablip, "train", str(RECIPES / "pretrain.yaml"), f"run_dir={run}", f"model.path={start}",
-                        *(f"data.sources.{n}.shards={data}/train/{kind}-*.tar"
-                          for n, kind in enumerate(["ocr", "caption", "interleaved", "text"])),
-                        *size.overrides]),
-        Stage("convert", [megablip, "convert", "zero-to-hf", str(run), str(export)]),
-        Stage("eval", [megablip, "eval", str(export), f"{data}/test/ocr-*.tar", "--output", str(report),
-                       "--run-dir", str(run), "--limit", str(size.images)]),
-    ]  # fmt: skip
+        Stage("tower", tower, module("tools.tower", "--out", tower, "--steps", size.tower_steps), beside=True),
+        Stage("shards", data, module("tools.demo_shards", "--out", data, "--documents", size.documents)),
+        Stage(
+            "tokenizer",
+            tokenizer,
+            module("tokenization", "train", "--input", data / "corpus.txt", "--vocab-size", 400, "--out", tokenizer),
+        ),
+        Stage(
+            "start",
+            start,
+            megablip("convert", "init", start, "--tower", tower, "--tokenizer", tokenizer)
+            + ["--model", str(RECIPES / "model.yaml")],
+        ),
+        Stage(
+            "train",
+            run,
+            megablip("train", RECIPES / "pretrain.yaml", f"run_dir={run}", f"model.path={start}")
+            + sources
+            + size.overrides,
+        ),
+        Stage("convert", export, megablip("convert", "zero-to-hf", run, export)),
+        Stage(
+            "eval",
+            report,
+            megablip("eval", export, f"{data}/test/ocr-*.tar", "--output", report, "--run-dir", run)
+            + ["--limit", str(size.images)],
+        ),
+    ]
 
 
 class Demo:
@@ -93,36 +118,40 @@ class Demo:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
         began, together = time.monotonic(), []
-        done, upstream = self._done(), ""
+        upstream = "".join(path.read_text() for path in sorted(RECIPES.glob("*.yaml")))
         for stage in todo:
-            # A stage is done only as long as its command and all before it are the same.
+            # A stage counts only as long as the recipes, its command and all before it are the same.
             upstream = hashlib.sha256((upstream + shlex.join(stage.command)).encode()).hexdigest()
-            if done.get(stage.name, {}).get("command") == upstream:
+            journal = self._read()
+            entry = journal.get(stage.name, {})
+            if entry.get("key") == upstream and entry["done"]:
                 print(f"== {stage.name}: done before", flush=True)
             else:
+                if entry.get("key") != upstream:
+                    shutil.rmtree(stage.output, ignore_errors=True)
+                    journal[stage.name] = {"key": upstream, "done": False, "seconds": 0.0}
+                    self._journal.write_text(json.dumps(journal, indent=1))
                 print(f"== {stage.name}: {shlex.join(stage.command)}", flush=True)
                 # A session of its own: a Ctrl-C reaches the stage once, through _stop.
                 process = subprocess.Popen(stage.command, cwd=REPOSITORY, start_new_session=True)
                 self._running.append(process)
-                together.append((stage, upstream, process))
+                together.append((stage, process))
             if not stage.beside:
-                for waiting, key, process in together:
-                    self._finish(waiting, key, process, began)
+                for number, (waiting, process) in enumerate(together, 1):
+                    # Stages side by side share the clock: it counts once, with the last.
+                    self._finish(waiting, process, began if number == len(together) else None)
                 began, together = time.monotonic(), []
 
     def minutes(self) -> float:
         """Time of all stages, over all attempts."""
-        return sum(stage["seconds"] for stage in self._done().values()) / 60
+        return sum(stage["seconds"] for stage in self._read().values()) / 60
 
-    def _finish(self, stage: Stage, key: str, process: subprocess.Popen[bytes], began: float) -> None:
+    def _finish(self, stage: Stage, process: subprocess.Popen[bytes], began: float | None) -> None:
         code = process.wait()
-        journal = self._done()
-        entry = journal.setdefault(stage.name, {"seconds": 0.0})
-        # Stages side by side share the clock: count it once, with the last.
-        if not stage.beside:
-            entry["seconds"] += time.monotonic() - began
-        if code == 0:
-            entry["command"] = key
+        journal = self._read()
+        if began is not None:
+            journal[stage.name]["seconds"] += time.monotonic() - began
+        journal[stage.name]["done"] = code == 0
         self._journal.write_text(json.dumps(journal, indent=1))
         if self._asked_to_stop and code != 0:
             print(f"== {stage.name}: stopped; the same command goes on from here", flush=True)
@@ -131,7 +160,7 @@ class Demo:
             print(f"== {stage.name}: failed with exit code {code}; mend it and start again to go on", flush=True)
             raise SystemExit(code)
 
-    def _done(self) -> dict[str, dict]:
+    def _read(self) -> dict[str, dict]:
         try:
             return json.loads(self._journal.read_text())
         except (OSError, ValueError):
