@@ -67,7 +67,7 @@ def evaluate(
     shards: Annotated[str, typer.Argument(help="held-out shards: path, glob or braces")],
     output: Annotated[Path, typer.Option(help="folder for results.json and report.html")],
     run_dir: Annotated[Path | None, typer.Option(help="run whose loss curve the report shows")] = None,
-    limit: Annotated[int | None, typer.Option(help="images at most")] = None,
+    limit: Annotated[int | None, typer.Option(help="images at most", min=1)] = None,
 ) -> None:
     """Read the text of held-out images by greedy generation; count exact matches."""
     from megablip.evaluate.reading import evaluate_reading

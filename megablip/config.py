@@ -250,8 +250,6 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except _YAML_ERRORS as error:
         raise ConfigError(f"the value of {key} is no YAML: {error}", where="command line") from None
-    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
-        value = float(value)  # YAML 1.1 reads 1e-3 as a string
     *parents, leaf = key.split(".")
     node: Any = raw
     for number, parent in enumerate(parents):

@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -122,7 +123,8 @@ def _run_ranks(config: Config, config_path: Path) -> tuple[int, bool]:
         if len(asked) > 1 or not ranks:
             os.killpg(process.pid, signal.SIGKILL)
         for rank in ranks:
-            rank.send_signal(signal.SIGTERM)
+            with suppress(psutil.Error):  # it may have ended by itself
+                rank.send_signal(signal.SIGTERM)
 
     previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     try:

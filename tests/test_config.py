@@ -14,6 +14,7 @@ from megablip.config import Config, Duration, dump_config, identity_changes, loa
 from megablip.errors import ConfigError
 from tests.minimal import RECIPE
 
+
 @pytest.fixture
 def recipe(tmp_path):
     path = tmp_path / "recipe.yaml"
@@ -111,7 +112,7 @@ def test_a_missing_recipe_is_named(tmp_path):
         (b"\xff\xfe\x00binary\x80", "can't be read"),
         (b"seed: 2001-99-99", "can't be read"),  # YAML reads a date here
         (b"seed: " + b"9" * 5000, "can't be read"),
-        (b"[" * 5000, "can't be read"),
+        (b"[" * 1000, "can't be read"),
         (b"1: 2", "1"),
     ],
 )
@@ -123,7 +124,7 @@ def test_a_broken_recipe_is_refused(tmp_path, content, words):
 
 def test_yaml_never_executes_code(recipe, tmp_path):
     trace = tmp_path / "executed"
-    attack = f"!!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path ['{trace}']]"
+    attack = f"!!python/object/apply:os.mkdir ['{trace}']"
     assert "python/object" in refusal(recipe, f"seed={attack}")
     recipe.write_text(f"seed: {attack}\n")
     assert "python/object" in refusal(recipe)
@@ -134,10 +135,11 @@ def test_overrides(recipe):
     config = load_config(
         recipe,
         [
-            "optimizer.lr=1e-3",  # a string to YAML 1.1
+            "optimizer.lr=1e-3",  # YAML 1.1 reads a string
             "data.sources.1.weight=2E+1",
             "data.sources.0.shards=[x.tar, 'y=z.tar']",
             "engine.ds_config=my=file.json",
+            "model.path=1e3",
             "engine.ranks=2",  # a section that the recipe lacks
             "stop_after_steps=null",
             "duration=1.5M tokens",
@@ -147,6 +149,7 @@ def test_overrides(recipe):
     assert config.data.sources[1].weight == 20.0
     assert config.data.sources[0].shards == ["x.tar", "y=z.tar"]
     assert config.engine.ds_config == "my=file.json"
+    assert config.model.path == "1e3"
     assert config.engine.ranks == 2
     assert config.stop_after_steps is None
     assert config.duration == Duration(value=1_500_000, unit="tokens")
@@ -171,7 +174,7 @@ def test_a_wrong_override_is_refused(recipe, override, words):
 
 
 @given(st.text(max_size=30), st.text(max_size=30))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_no_override_ends_in_anything_but_a_config_error(tmp_path_factory, key, value):
     recipe = tmp_path_factory.getbasetemp() / "any.yaml"
     if not recipe.exists():
@@ -302,7 +305,7 @@ def test_a_source_that_comes_or_goes_changes_the_identity():
     name=st.text(min_size=1, max_size=20),
     shards=st.lists(st.text(max_size=20), max_size=3),
 )
-@settings(deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_what_is_dumped_loads_back_equal(tmp_path_factory, lr, seed, duration, name, shards):
     config = changed(
         optimizer__lr=lr,

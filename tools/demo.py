@@ -83,8 +83,9 @@ def stages(size: Size, folder: Path) -> list[Stage]:
         Stage(
             "start",
             start,
-            megablip("convert", "init", start, "--tower", tower, "--tokenizer", tokenizer)
-            + ["--model", str(RECIPES / "model.yaml")],
+            megablip(
+                "convert", "init", start, "--tower", tower, "--tokenizer", tokenizer, "--model", RECIPES / "model.yaml"
+            ),
         ),
         Stage(
             "train",
@@ -97,8 +98,9 @@ def stages(size: Size, folder: Path) -> list[Stage]:
         Stage(
             "eval",
             report,
-            megablip("eval", export, f"{data}/test/ocr-*.tar", "--output", report, "--run-dir", run)
-            + ["--limit", str(size.images)],
+            megablip(
+                "eval", export, f"{data}/test/ocr-*.tar", "--output", report, "--run-dir", run, "--limit", size.images
+            ),
         ),
     ]
 

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from megablip.checkpoint.commit import newest_committed, open_checkpoint
 from megablip.checkpoint.export import VISION_TOWER, ExportReader
 from megablip.checkpoint.slices import SliceReader
 from megablip.config import load_config
-from megablip.errors import CheckpointError, ConfigError
+from megablip.errors import CheckpointError, ConfigError, MegablipError
 from megablip.records import MASTER
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -107,34 +108,39 @@ def init_model(output: Path, *, tower: Path, tokenizer: Path, model: Path, seed:
     # A row for every id of the tokenizer, made before anything is sharded.
     decoder["vocab_size"] = max(decoder.get("vocab_size", 0), tokens.vocab_size)
     decoder |= {"pad_token_id": tokens.pad_id, "bos_token_id": tokens.bos_id, "eos_token_id": tokens.eos_id}
-    config = Blip3Config(
-        text_config=AutoConfig.for_model(decoder.pop("model_type"), **decoder),
-        vision_config=AutoConfig.from_pretrained(tower),
-        sampler=settings["sampler"],
-        grids=settings["grids"],
-        image_token_id=tokens.image_id,
-        pad_token_id=tokens.pad_id,
-    )
     torch.manual_seed(seed)
-    built = Blip3ForConditionalGeneration(config)
+    try:
+        config = Blip3Config(
+            text_config=AutoConfig.for_model(decoder.pop("model_type", None), **decoder),
+            vision_config=AutoConfig.from_pretrained(tower),
+            sampler=settings["sampler"],
+            grids=settings["grids"],
+            image_token_id=tokens.image_id,
+            pad_token_id=tokens.pad_id,
+        )
+        built = Blip3ForConditionalGeneration(config)
+        layout = asdict(config.layout)
+    except MegablipError:
+        raise
+    except Exception as error:  # transformers and torch raise all kinds for sizes that don't fit
+        raise ConfigError(
+            f"these settings make no model: {error}", where=f"{model}, {tower}", remedy="mend the settings"
+        ) from error
     built.vision_tower.load_state_dict(AutoModel.from_pretrained(tower).state_dict())
     with _atomic_folder(output) as staging:
         built.save_pretrained(staging)
-        layout = {
-            name: getattr(config.layout, name) for name in ("tile_size", "patch_size", "tokens_per_tile", "grids")
-        }
         Blip3Processor(AutoTokenizer.from_pretrained(tokenizer), **layout).save_pretrained(staging)
     print(f"wrote {output}: {sum(p.numel() for p in built.parameters()):,} parameters")
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
     try:
-        settings = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"the file is no YAML: {error}", where=str(path)) from None
-    expected = {"decoder", "sampler", "grids"}
-    if not isinstance(settings, dict) or set(settings) != expected:
-        raise ConfigError(f"the file needs exactly the keys {sorted(expected)}", where=str(path))
+    kinds = {"decoder": dict, "sampler": dict, "grids": list}
+    if not isinstance(settings, dict) or {key: type(value) for key, value in settings.items()} != kinds:
+        raise ConfigError("the file needs the mappings decoder and sampler and the list grids", where=str(path))
     return settings
 
 

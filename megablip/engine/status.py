@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +30,7 @@ class RunStatus:
     def attempts(self) -> list[dict[str, Any]]:
         try:
             return json.loads(self._path.read_text())["attempts"]
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             return []
 
     def begin(self, ranks: int) -> None:
@@ -42,10 +43,16 @@ class RunStatus:
         self._write([*self.attempts, attempt])
 
     def update(self, **changes: Any) -> None:
-        """Change fields of the newest attempt, such as last_step or outcome."""
-        attempts = self.attempts
+        """Change fields of the newest attempt, such as last_step or outcome.
+
+        A full disk is reported and no more: it is no reason to hide how the run ended.
+        """
+        attempts = self.attempts or [{"outcome": "running"}]
         attempts[-1] |= changes
-        self._write(attempts)
+        try:
+            self._write(attempts)
+        except OSError as error:
+            print(f"the status can't be written: {error}", file=sys.stderr, flush=True)
 
     def _write(self, attempts: list[dict[str, Any]]) -> None:
         temporary = self._path.with_suffix(".tmp")

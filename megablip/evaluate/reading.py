@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import megablip.model.blip3  # noqa: F401 (registers the model with transformers)
@@ -47,19 +48,31 @@ def evaluate_reading(model: Path, shards: str, output: Path, run_dir: Path | Non
         shards: path, glob or braces of held-out shards.
         run_dir: run whose loss curve the report shows.
         limit: images at most.
+
+    Raises:
+        ConfigError: no model, a broken one, or an output folder that can't be made.
+        ShardError, SampleError: no images, or one that can't be used.
     """
     if not (model / "config.json").exists():
         raise ConfigError("there is no model", where=str(model), remedy="export one with `megablip convert zero-to-hf`")
-    lmm = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32).eval()
-    processor = AutoProcessor.from_pretrained(model)
     samples = list(read_samples(shards, limit))
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"the folder can't be made: {error.strerror}", where=f"--output {output}") from None
+    try:
+        lmm = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32).eval()
+        processor = AutoProcessor.from_pretrained(model)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ConfigError(
+            f"the model can't be loaded: {error}", where=str(model), remedy="copy or convert the folder again"
+        ) from error
     answers = []
     for start in track(range(0, len(samples), BATCH_IMAGES), "reading images"):
         batch = samples[start : start + BATCH_IMAGES]
         texts = read_images(lmm, processor, [image for _, image, _ in batch])
         answers += [Answer(key, truth, text) for (key, _, truth), text in zip(batch, texts, strict=True)]
     by_length = summarize(answers)
-    output.mkdir(parents=True, exist_ok=True)
     results = {
         "images": len(answers),
         "exact": sum(answer.exact for answer in answers) / len(answers),
@@ -86,17 +99,17 @@ def read_samples(shards: str, limit: int | None) -> Iterator[tuple[str, bytes, s
     """(key, image, text in it) of samples in the `ocr` schema.
 
     Raises:
-        SampleError: a sample without an image and one line of text.
+        SampleError: a sample without an image and a line of text.
     """
     source = ShardSource("held-out", expand_shards(shards))
     addresses = [(shard, sample) for shard, count in enumerate(source.counts) for sample in range(count)]
     for shard, sample in addresses[:limit]:
         key, members = source.read(shard, sample)
-        image, text = SCHEMAS["ocr"](members, "held-out", key).segments
-        truth = re.match(f"{OPEN}(.*?){CLOSE}", text.text)
-        if truth is None:
-            raise SampleError("the sample has no line of text to read", where=f"{shards}, key {key}")
-        yield key, image.data, truth[1].strip()
+        try:
+            image, text = SCHEMAS["ocr"](members, "held-out", key).segments
+        except SampleError as error:
+            raise SampleError(error.what, where=f"{source.paths[shard]}, key {key}", remedy=error.remedy) from None
+        yield key, image.data, re.match(f"{OPEN}(.*?){CLOSE}", text.text, re.DOTALL)[1].strip()
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,13 @@ def write_report(
         width=WIDTH,
         height=HEIGHT,
     )
-    path.write_text(page)
+    # The key of a sample may hold bytes that are no text.
+    path.write_text(page, encoding="utf-8", errors="replace")
 
 
 def _curve(points: list[tuple[float, float]]) -> dict[str, Any] | None:
     """The points in pixels of the drawing, smoothed over 1 % of them."""
+    points = [(x, y) for x, y in points if math.isfinite(y)]
     if len(points) < 2:
         return None
     window = max(1, len(points) // 100)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -24,10 +25,12 @@ class Board:
 
     def __init__(self, run_dir: Path, start_step: int, config: str):
         self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
-        self._jsonl = run_dir / "metrics.jsonl"
+        path = run_dir / "metrics.jsonl"
         kept = [point for point in read_metrics(run_dir) if point["step"] <= start_step]
-        self._jsonl.write_text("".join(json.dumps(point) + "\n" for point in kept))
-        self._stream = self._jsonl.open("a", buffering=1)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(point) + "\n" for point in kept))
+        os.replace(temporary, path)  # a full disk must not cost the curve so far
+        self._stream = path.open("a", buffering=1)
         self._warned = False
         self._tensorboard.add_text("config", f"```yaml\n{config}```", start_step)
 
@@ -38,30 +41,35 @@ class Board:
             for name, value in scalars.items():
                 self._tensorboard.add_scalar(name, value, step)
         except OSError as error:
-            if not self._warned:
-                print(f"metrics can't be written: {error}; training goes on", file=sys.stderr, flush=True)
-            self._warned = True
+            self._report(error)
 
     def close(self) -> None:
-        try:
-            self._stream.close()
-            self._tensorboard.close()
-        except OSError as error:
-            print(f"metrics can't be written: {error}", file=sys.stderr, flush=True)
+        for writer in (self._stream, self._tensorboard):
+            try:
+                writer.close()
+            except OSError as error:
+                self._report(error)
+
+    def _report(self, error: OSError) -> None:
+        if not self._warned:
+            print(f"metrics can't be written: {error}; training goes on", file=sys.stderr, flush=True)
+        self._warned = True
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The points of RUN/metrics.jsonl; a line cut off by a crash is left out."""
     try:
-        lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+        lines = (run_dir / "metrics.jsonl").read_text(errors="replace").splitlines()
     except FileNotFoundError:
         return []
     points = []
     for line in lines:
         try:
-            points.append(json.loads(line))
+            point = json.loads(line)
         except ValueError:
             continue
+        if isinstance(point, dict) and isinstance(point.get("step"), int):
+            points.append(point)
     return points
 
 

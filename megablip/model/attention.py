@@ -298,11 +298,24 @@ def _attention_interface(
     return out.transpose(1, 2), None
 
 
-def _mask_interface(*, q_length: int, kv_length: int, attention_mask: Tensor | None = None, **kwargs: Any):
-    """A mask where padding or a cache needs one; never the T x T mask of a packed forward."""
-    if attention_mask is None and q_length == kv_length:
+def _mask_interface(
+    *,
+    q_length: int,
+    kv_length: int,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+):
+    """A mask where padding, a cache, or documents told apart by position ids alone need one."""
+    if attention_mask is None and q_length == kv_length and allow_is_causal_skip:
         return None
-    return sdpa_mask(q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, **kwargs)
+    return sdpa_mask(
+        q_length=q_length,
+        kv_length=kv_length,
+        attention_mask=attention_mask,
+        allow_is_causal_skip=allow_is_causal_skip,
+        **kwargs,
+    )
 
 
 AttentionInterface.register(ATTENTION, _attention_interface)

@@ -266,6 +266,9 @@ class Blip3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         layout = PackedLayout(packed.doc_lens, packed.cu_seqlens)
         outputs = self.decoder.base_model(
             inputs_embeds=embeds.unsqueeze(0),
+            # transformers takes a mask of four dimensions for finished and builds none
+            # (it would be T x T); the packed attention looks at `packing` instead.
+            attention_mask=embeds.new_ones(1, 1, 1, 1),
             position_ids=packed.position_ids.unsqueeze(0),
             use_cache=False,
             packing=layout,

@@ -12,6 +12,7 @@ from torch.nn.attention.varlen import varlen_attn
 from megablip.model import attention
 from megablip.model.attention import dense_attention, select_backend, varlen_attention
 from megablip.model.packing import PackedLayout
+from tests.model.tiny import tiny_model
 
 DIM = 8
 
@@ -189,3 +190,13 @@ def test_backends_are_chosen_with_a_reason(monkeypatch):
     select_backend.cache_clear()
     assert "8.0" in select_backend("cuda", torch.bfloat16).reason
     select_backend.cache_clear()
+
+
+def test_documents_told_apart_by_position_ids_alone_are_isolated_too():
+    """transformers' own convention for packs, without `packing`: as under its SDPA."""
+    model = tiny_model()
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2]])
+    together = model.decoder(input_ids=ids, position_ids=positions, use_cache=False).logits
+    alone = model.decoder(input_ids=ids[:, 3:], use_cache=False).logits
+    torch.testing.assert_close(together[:, 3:], alone, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,260 @@
+"""Checkpoints to Hugging Face folders, and the folder a run starts from."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from megablip.checkpoint import convert
+from megablip.checkpoint.commit import CheckpointStore
+from megablip.checkpoint.convert import init_model, zero_to_hf
+from megablip.checkpoint.export import ExportReader
+from megablip.checkpoint.slices import write_slices
+from megablip.config import dump_config, parse_config
+from megablip.errors import CheckpointError, ConfigError
+from megablip.records import MASTER, LocalSlice
+from tests.checkpoint.alone import Alone
+from tests.minimal import RECIPE
+from tests.model.tiny import tiny_model
+from tests.small_export import SETTINGS, make_ingredients
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """The folder a run began with."""
+    folder = tmp_path_factory.mktemp("start")
+    tiny_model().save_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "tokenizer.model").write_bytes(b"model")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """fp32 weights as training could leave them, by name; none as it was."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = {name: value.shape for name, value in tiny_model().named_parameters()}
+    return {
+        name: torch.randn(shape, generator=generator)
+        for name, shape in shapes.items()
+        if not name.startswith("vision_tower.")
+    }
+
+
+@pytest.fixture
+def run_dir(tmp_path, start, trained):
+    return make_run(tmp_path / "run", start, trained)
+
+
+def make_run(folder, start, weights):
+    """A run directory with one committed checkpoint of `weights`."""
+    folder.mkdir()
+    config = parse_config(RECIPE | {"run_dir": str(folder), "model": {"path": str(start)}}, "test")
+    (folder / "config.yaml").write_text(dump_config(config))
+    slices = [
+        LocalSlice(name, tuple(value.shape), 0, value.numel(), {MASTER: value.flatten().clone()})
+        for name, value in weights.items()
+    ]
+    base = {"model": ExportReader(start).hash(), "tokenizer": "t"}
+    CheckpointStore(folder / "checkpoints", 2, Alone()).save(
+        3, lambda path: write_slices(path, slices, {}), {0: np.zeros(1)}, {"base": base}
+    )
+    return folder
+
+
+@pytest.mark.parametrize(("dtype", "torch_dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_the_export_equals_the_trained_weights(tmp_path, run_dir, start, trained, dtype, torch_dtype):
+    zero_to_hf(run_dir, tmp_path / "out", dtype)
+    frozen = load_file(start / "model.safetensors")
+    expected = {name: trained.get(name, value).to(torch_dtype) for name, value in frozen.items()}
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert set(written) == set(expected)
+    assert any(name.startswith("vision_tower.") for name in written)
+    for name, value in written.items():
+        assert value.dtype == torch_dtype
+        assert torch.equal(value, expected[name]), name
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == b"model"
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype="auto")
+    assert loaded.dtype == torch_dtype
+    for name, value in loaded.named_parameters():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_one_checkpoint_can_be_named_by_a_relative_path(tmp_path, run_dir, monkeypatch):
+    monkeypatch.chdir(run_dir / "checkpoints" / "step_00000003")
+    zero_to_hf(convert.Path("."), tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_large_model_is_written_in_several_files(tmp_path, run_dir, monkeypatch):
+    zero_to_hf(run_dir, tmp_path / "one")
+    monkeypatch.setattr(convert, "SHARD_BYTES", 20_000)
+    zero_to_hf(run_dir, tmp_path / "many")
+    files = list((tmp_path / "many").glob("model-*.safetensors"))
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {file.name for file in files}
+    one, many = ExportReader(tmp_path / "one"), ExportReader(tmp_path / "many")
+    assert one.names == many.names
+    total = 0
+    for name in one.names:
+        shape = one.shape(name)
+        count = math.prod(shape)
+        total += count * 4
+        assert torch.equal(one.read(name, MASTER, shape, 0, count), many.read(name, MASTER, shape, 0, count))
+    assert index["metadata"]["total_size"] == total
+    for file in files:
+        assert len(load_file(file)) == 1 or file.stat().st_size < 25_000
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "many")
+    for name, value in load_file(tmp_path / "one" / "model.safetensors").items():
+        assert torch.equal(loaded.get_parameter(name), value)
+
+
+def test_an_output_that_exists_is_left_alone(tmp_path, run_dir):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "mine").write_text("x")
+    with pytest.raises(ConfigError, match="exists already"):
+        zero_to_hf(run_dir, output)
+    assert [path.name for path in output.iterdir()] == ["mine"]
+
+
+def test_an_unknown_dtype_is_refused(tmp_path, run_dir):
+    with pytest.raises(ConfigError, match="unknown dtype 'int8'") as caught:
+        zero_to_hf(run_dir, tmp_path / "out", "int8")
+    assert "bf16" in caught.value.remedy
+
+
+def test_a_changed_base_is_refused(tmp_path, start, trained):
+    base = tmp_path / "base"
+    base.mkdir()
+    for path in start.iterdir():
+        (base / path.name).write_bytes(path.read_bytes())
+    run_dir = make_run(tmp_path / "run", base, trained)
+    content = bytearray((base / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (base / "model.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match="no longer those the run began with") as caught:
+        zero_to_hf(run_dir, tmp_path / "out")
+    assert str(base) in caught.value.where
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("change", ["missing", "spare"])
+def test_weights_that_do_not_fit_the_model_are_refused(tmp_path, start, trained, change):
+    weights, name = dict(trained), "spare"
+    if change == "missing":
+        name, _ = weights.popitem()
+    else:
+        weights[name] = torch.zeros(3)
+    run_dir = make_run(tmp_path / "run", start, weights)
+    with pytest.raises(CheckpointError, match=f"differ in 1 weights, for example {name}"):
+        zero_to_hf(run_dir, tmp_path / "out")
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path, run_dir):
+    path = run_dir / "checkpoints" / "step_00000003" / "rank_00000.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"rank_00000\.safetensors has another SHA-256"):
+        zero_to_hf(run_dir, tmp_path / "out")
+
+
+def test_a_run_without_checkpoint_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match="no committed checkpoint"):
+        zero_to_hf(tmp_path, tmp_path / "out")
+
+
+def test_a_disk_that_is_full_leaves_no_output(tmp_path, run_dir, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert, "save_file", fail)
+        with pytest.raises(CheckpointError, match="No space left on device") as caught:
+            zero_to_hf(run_dir, tmp_path / "out")
+    assert "free space" in caught.value.remedy
+    assert not list(tmp_path.glob("out*"))
+    zero_to_hf(run_dir, tmp_path / "out")
+
+
+def test_the_output_appears_when_it_is_whole_and_a_killed_attempt_does_not_hinder(tmp_path, run_dir, monkeypatch):
+    output, real = tmp_path / "out", convert.save_file
+    (tmp_path / "out.tmp").mkdir()
+    (tmp_path / "out.tmp" / "model-00001-of-00002.safetensors").write_bytes(b"half")
+
+    def watch(*args, **kwargs):
+        assert not output.exists()
+        real(*args, **kwargs)
+        assert not output.exists()
+
+    monkeypatch.setattr(convert, "save_file", watch)
+    zero_to_hf(run_dir, output)
+    assert [path.name for path in output.glob("*.safetensors")] == ["model.safetensors"]
+    assert not (tmp_path / "out.tmp").exists()
+
+
+@pytest.fixture(scope="module")
+def ingredients(tmp_path_factory):
+    return make_ingredients(tmp_path_factory.mktemp("ingredients"))
+
+
+def init(ingredients, output, settings=SETTINGS, seed=0, **changes):
+    model = output.with_suffix(".yaml")
+    model.write_text(settings if isinstance(settings, str) else yaml.safe_dump(settings))
+    paths = {"tower": ingredients / "tower", "tokenizer": ingredients / "tokenizer", "model": model}
+    init_model(output, **paths | changes, seed=seed)
+    return output
+
+
+def test_init_makes_a_folder_that_loads(tmp_path, ingredients):
+    output = init(ingredients, tmp_path / "start", seed=5)
+    model = AutoModelForImageTextToText.from_pretrained(output)
+    processor = AutoProcessor.from_pretrained(output)
+    tower = load_file(ingredients / "tower" / "model.safetensors")
+    for name, value in model.vision_tower.state_dict().items():
+        assert torch.equal(value, tower[name]), name
+    ids = processor(text=["<image>one two"], images=[Image.new("RGB", (16, 9))])["input_ids"]
+    assert int(ids.max()) < model.config.text_config.vocab_size
+    assert (ids == model.config.image_token_id).sum() % SETTINGS["sampler"]["num_latents"] == 0
+    assert model.config.text_config.vocab_size == len(processor.tokenizer)
+
+
+def test_init_depends_on_its_seed_alone(tmp_path, ingredients):
+    hashes = [ExportReader(init(ingredients, tmp_path / str(n), seed=seed)).hash() for n, seed in enumerate((1, 1, 2))]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_init_names_what_is_missing(tmp_path, ingredients):
+    for what in ("tower", "tokenizer", "model"):
+        with pytest.raises(ConfigError, match="does not exist") as caught:
+            init(ingredients, tmp_path / what, **{what: tmp_path / "no"})
+        assert str(tmp_path / "no") in caught.value.where
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ("a: [", "no YAML"),
+        ("- 1", "decoder and sampler"),
+        (yaml.safe_dump({"decoder": {}, "sampler": {}}), "decoder and sampler"),
+        (yaml.safe_dump(SETTINGS | {"decoder": 5}), "decoder and sampler"),
+        (yaml.safe_dump(SETTINGS | {"decoder": {"hidden_size": 8}}), "no model"),
+        (yaml.safe_dump(SETTINGS | {"decoder": {"model_type": "phi9"}}), "phi9"),
+        (yaml.safe_dump(SETTINGS | {"decoder": SETTINGS["decoder"] | {"hidden_size": "x"}}), "hidden_size"),
+        (yaml.safe_dump(SETTINGS | {"grids": [[1]]}), "no model"),
+    ],
+)
+def test_init_refuses_settings_that_make_no_model(tmp_path, ingredients, settings, words):
+    with pytest.raises(ConfigError, match=words) as caught:
+        init(ingredients, tmp_path / "start", settings)
+    assert str(tmp_path / "start.yaml") in caught.value.where
+    assert not (tmp_path / "start").exists()

@@ -1,0 +1,110 @@
+"""Every configuration that is shipped loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from deepspeed.runtime.config import DeepSpeedConfig
+from transformers import AutoConfig, SiglipVisionConfig
+
+from megablip.checkpoint.convert import _read_settings
+from megablip.config import EngineConfig, load_config
+from megablip.engine.zero import complete_ds_config
+from megablip.errors import ConfigError
+from megablip.model.blip3 import Blip3Config, Blip3ForConditionalGeneration
+
+REPOSITORY = Path(__file__).parents[1]
+YAMLS = sorted((REPOSITORY / "megablip" / "recipes").rglob("*.yaml"))
+RECIPES = [path for path in YAMLS if "stage" in yaml.safe_load(path.read_text())]
+MODELS = [path for path in YAMLS if path not in RECIPES]
+DS_CONFIGS = sorted((REPOSITORY / "ds_configs").glob("*.json"))
+
+
+def ids(path: Path) -> str:
+    return str(path.relative_to(REPOSITORY))
+
+
+def test_there_are_some():
+    assert RECIPES
+    assert MODELS
+    assert DS_CONFIGS
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=ids)
+def test_a_recipe_loads(path):
+    config = load_config(path)
+    complete_ds_config(config.engine, config.optimizer.clip_norm, micro_batches=1, device_type="cpu")
+
+
+@pytest.mark.parametrize("path", MODELS, ids=ids)
+def test_a_model_is_built(path):
+    settings = _read_settings(path)
+    decoder = dict(settings["decoder"])
+    tower = SiglipVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=24, patch_size=8,
+        vision_use_head=False,
+    )  # fmt: skip
+    config = Blip3Config(
+        text_config=AutoConfig.for_model(decoder.pop("model_type"), vocab_size=512, pad_token_id=3, **decoder),
+        vision_config=tower,
+        sampler=settings["sampler"],
+        grids=settings["grids"],
+        image_token_id=511,
+        pad_token_id=3,
+    )
+    with torch.device("meta"):
+        model = Blip3ForConditionalGeneration(config)
+    assert config.layout.tokens_per_tile == settings["sampler"]["num_latents"]
+    assert [list(grid) for grid in config.layout.grids] == settings["grids"]
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("path", DS_CONFIGS, ids=ids)
+def test_deepspeed_accepts_its_config(path, precision, device):
+    engine = EngineConfig(ds_config=path.stem, precision=precision)
+    completed = complete_ds_config(engine, clip_norm=0.5, micro_batches=3, device_type=device)
+    assert "auto" not in str(completed)
+    read = DeepSpeedConfig(completed)
+    assert read.zero_config.stage == 3
+    assert read.bfloat16_config.enabled == (precision == "bf16")
+    assert read.grad_accum_dtype == "fp32"
+    assert read.gradient_accumulation_steps == 3
+    assert read.gradient_clipping == 0.5
+    assert read.train_micro_batch_size_per_gpu == 1
+    assert read.zero_config.overlap_comm == (device == "cuda")
+
+
+def test_an_own_ds_config_keeps_what_it_sets(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(DS_CONFIGS[0].read_text().replace('"overlap_comm": "auto"', '"overlap_comm": true'))
+    completed = complete_ds_config(EngineConfig(ds_config=str(path)), 1.0, 1, "cpu")
+    assert completed["zero_optimization"]["overlap_comm"] is True
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "no JSON"),
+        ('{"zero_optimization": {"stage": 1}}', "ZeRO stage 1 is not supported"),
+        ("{}", "ZeRO stage None is not supported"),
+        (None, "does not exist"),
+    ],
+)
+def test_an_own_ds_config_that_is_wrong_is_refused(tmp_path, content, words):
+    path = tmp_path / "mine.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError, match=words) as caught:
+        complete_ds_config(EngineConfig(ds_config=str(path)), 1.0, 1, "cpu")
+    assert str(path) in caught.value.where
+
+
+def test_an_unknown_name_lists_the_known():
+    with pytest.raises(ConfigError, match="does not exist") as caught:
+        complete_ds_config(EngineConfig(ds_config="zero9"), 1.0, 1, "cpu")
+    assert "zero3" in caught.value.remedy

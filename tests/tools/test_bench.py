@@ -1,0 +1,119 @@
+import importlib
+import json
+
+import pytest
+import torch
+
+from tools.bench import __main__ as command
+from tools.bench.core import Rival, Row, median_seconds, run
+
+FAST = Row("fast", 4.0, "ms", "lower", goal=2.0, rival=Rival("other", 10.0))
+SLOW = Row("slow", 6.0, "ms", "lower", goal=2.0, rival=Rival("other", 10.0))
+
+
+@pytest.mark.parametrize(
+    ("row", "ratio", "goal", "ok"),
+    [
+        (FAST, 2.5, "ratio >= 2", True),
+        (SLOW, 10 / 6, "ratio >= 2", False),
+        (Row("rate", 30, "documents/s", "higher", 2, Rival("other", 10)), 3, "ratio >= 2", True),
+        (Row("rate", 10, "documents/s", "higher", 2, Rival("other", 30)), 1 / 3, "ratio >= 2", False),
+        (Row("time", 2, "s", "lower", 2), None, "<= 2 s", True),
+        (Row("time", 2.1, "s", "lower", 2), None, "<= 2 s", False),
+        (Row("rate", 50_000, "documents/s", "higher", 50_000), None, ">= 50,000 documents/s", True),
+        (Row("fill", 0.98, "", "higher", 0.99), None, ">= 0.99", False),
+        (Row("error", float("nan"), "", "lower", 0.1), None, "<= 0.1", False),
+    ],
+)
+def test_a_row_judges_itself_by_its_goal(row, ratio, goal, ok):
+    assert row.ratio == (ratio if ratio is None else pytest.approx(ratio))
+    assert row.goal_text == goal
+    assert row.ok is ok
+
+
+def test_results_are_a_machine_line_tables_and_json_last(capsys):
+    code = run({"good": lambda: [FAST], "mixed": lambda: [SLOW, FAST]})
+    lines = capsys.readouterr().out.splitlines()
+    assert "cores, torch " in lines[0]
+    assert [line.strip() for line in lines if line.strip() in ("good", "mixed")] == ["good", "mixed"]
+    assert any("2.50" in line and "ratio >= 2" in line and "ok" in line for line in lines)
+    assert json.loads(lines[-1]) == {
+        "good.fast": {"value": 4.0, "goal": "ratio >= 2", "ok": True},
+        "mixed.slow": {"value": 6.0, "goal": "ratio >= 2", "ok": False},
+        "mixed.fast": {"value": 4.0, "goal": "ratio >= 2", "ok": True},
+    }
+    assert code == 1
+
+
+def test_all_goals_reached_is_exit_code_zero(capsys):
+    assert run({"good": lambda: [FAST]}) == 0
+
+
+def test_variants_take_turns():
+    calls = []
+    seconds = median_seconds({name: lambda name=name: calls.append(name) for name in "ab"}, repeats=6)
+    assert calls == ["a", "b"] * 7
+    assert list(seconds) == ["a", "b"]
+
+
+def test_the_median_leaves_out_the_warm_up_and_one_bad_moment(monkeypatch):
+    now = [0.0]
+    durations = iter([100, 1, 2, 500, 3, 2])
+    monkeypatch.setattr("tools.bench.core.time.perf_counter", lambda: now[0])
+
+    def variant():
+        now[0] += next(durations)
+
+    assert median_seconds({"it": variant}) == {"it": 2}
+
+
+def test_few_repeats_are_refused():
+    with pytest.raises(ValueError, match="at least 5"):
+        median_seconds({}, repeats=4)
+
+
+def test_the_command_runs_one_bench_or_all(monkeypatch, capsys):
+    monkeypatch.setattr(command, "rows_of", lambda name: [FAST])
+    assert command.main(["cli"]) == 0
+    assert list(json.loads(capsys.readouterr().out.splitlines()[-1])) == ["cli.fast"]
+    assert command.main(["all"]) == 0
+    assert list(json.loads(capsys.readouterr().out.splitlines()[-1])) == [f"{name}.fast" for name in command.BENCHES]
+
+
+def test_help_lists_every_bench(capsys):
+    with pytest.raises(SystemExit) as ended:
+        command.main(["--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown and what in shown for name, what in command.BENCHES.items())
+
+
+def test_an_unknown_bench_is_refused(capsys):
+    with pytest.raises(SystemExit) as ended:
+        command.main(["stpe"])
+    assert ended.value.code == 2
+    assert "step" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", command.BENCHES)
+def test_every_bench_has_rows(name):
+    assert callable(importlib.import_module(f"tools.bench.{name}").rows)
+
+
+def test_the_step_bench_would_notice_documents_that_see_each_other():
+    step = importlib.import_module("tools.bench.step")
+    model = step.build_model()
+    batch = step.make_batch(model.config.layout)
+    assert len(batch.doc_lens) == 24
+    assert 40 <= sum(batch.doc_lens) / 24 <= 50
+    features = torch.randn(*batch.patch_mask.shape, step.TOWER["hidden_size"], dtype=torch.bfloat16)
+
+    def gradients(loss):
+        step.step(model, loss)
+        return step.gradients(model)
+
+    packed = gradients(model(packed=batch, vision_features=features).loss / batch.valid_labels)
+    model.decoder.set_attn_implementation("sdpa")
+    assert step.relative_error(gradients(step.transformers_loss(model, batch, features)), packed) < 0.02
+    batch.position_ids = torch.arange(len(batch.input_ids))
+    assert step.relative_error(gradients(step.transformers_loss(model, batch, features)), packed) > 0.1

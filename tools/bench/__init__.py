@@ -1,0 +1,1 @@
+"""Benchmarks: megablip side by side with its rivals, against stated goals."""
