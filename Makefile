@@ -27,7 +27,7 @@ hello: $(INSTALLED)
 	$(BIN)/python -m tools.demo --hello
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
 
 test-all: $(INSTALLED)
 	$(BIN)/python -m pytest --durations=20

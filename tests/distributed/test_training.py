@@ -20,13 +20,6 @@ STEPS = 12
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("work")
-    runs.make_start(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def straight(work) -> Path:
     """A run of 12 steps without interruption."""
     run_dir = work / "straight"
