@@ -41,19 +41,20 @@ from megablip.model.vision import encode_tiles
 
 
 def main() -> None:
-    stop = StopSignal().install()
-    config = load_config(sys.argv[1])
-    topology = init_distributed(config.engine.timeout_s, config.engine.threads)
-    status = RunStatus(Path(config.run_dir))
-    if topology.is_first:
-        status.begin(topology.world)
+    stop, rank, status = StopSignal().install(), "?", None
     try:
+        config = load_config(sys.argv[1])
+        topology = init_distributed(config.engine.timeout_s, config.engine.threads)
+        rank = topology.rank
+        if topology.is_first:
+            status = RunStatus(Path(config.run_dir))
+            status.begin(topology.world)
         run(config, topology, status, stop)
     except Exception as error:
         known = isinstance(error, MegablipError)
         text = f"{type(error).__name__}: {error}" if known else traceback.format_exc()
-        print(f"[rank {topology.rank}] {text}", file=sys.stderr, flush=True)
-        if topology.is_first:
+        print(f"[rank {rank}] {text}", file=sys.stderr, flush=True)
+        if status:
             status.update(outcome="failed", reason=f"{type(error).__name__}: {error}")
         sys.exit(1)
 
@@ -67,7 +68,7 @@ class Progress:
     documents: int = 0
 
 
-def run(config: Config, topology: Topology, status: RunStatus, stop: StopSignal) -> None:
+def run(config: Config, topology: Topology, status: RunStatus | None, stop: StopSignal) -> None:
     """Build the parts, begin or resume, train, save."""
     run_dir, say = Path(config.run_dir), _speaker(topology)
     torch.manual_seed(config.seed + topology.rank)
@@ -106,7 +107,7 @@ def run(config: Config, topology: Topology, status: RunStatus, stop: StopSignal)
         board = Board(run_dir, progress.step, dump_config(config)) if topology.is_first else None
         trainer = Trainer(config, topology, engine, tower, loader, store, base, progress, board, stop, say)
         outcome = trainer.train()
-    if board:
+    if board and status:
         board.close()
         status.update(outcome=outcome, last_step=progress.step)
     say(f"{outcome} at step {progress.step}: {progress.tokens} tokens, {progress.documents} documents")

@@ -85,7 +85,8 @@ def init_distributed(timeout_s: int, threads: int = 0) -> Topology:
     import torch
 
     on_gpu = torch.cuda.is_available()
-    announce_cpu()
+    if not on_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if threads:
         torch.set_num_threads(threads)
 

@@ -55,10 +55,13 @@ def complete_ds_config(engine: EngineConfig, clip_norm: float, micro_batches: in
         ) from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"the DeepSpeed config is no JSON: {error}", where=str(path)) from None
-    stage = ds_config.get("zero_optimization", {}).get("stage")
+    sections = ("zero_optimization", "bf16")
+    if not isinstance(ds_config, dict) or not all(isinstance(ds_config.get(name), dict) for name in sections):
+        raise ConfigError(f"the DeepSpeed config lacks the sections {', '.join(sections)}", where=str(path))
+    stage = ds_config["zero_optimization"].get("stage")
     if stage != 3:
         raise ConfigError(f"ZeRO stage {stage} is not supported yet", where=str(path), remedy="use zero3")
-    automatic = {
+    automatic: dict[tuple[str, ...], Any] = {
         # Sequences are packed, so a micro-batch is one item to DeepSpeed.
         ("train_micro_batch_size_per_gpu",): 1,
         ("gradient_accumulation_steps",): micro_batches,
@@ -66,12 +69,16 @@ def complete_ds_config(engine: EngineConfig, clip_norm: float, micro_batches: in
         ("bf16", "enabled"): engine.precision == "bf16",
         ("zero_optimization", "overlap_comm"): device_type == "cuda",
     }
-    for keys, value in automatic.items():
-        section = ds_config
-        for key in keys[:-1]:
-            section = section[key]
-        if section.get(keys[-1]) == "auto":
-            section[keys[-1]] = value
+    for (*parents, key), value in automatic.items():
+        section = ds_config[parents[0]] if parents else ds_config
+        given = section.get(key, "auto")
+        if given not in ("auto", value) and key != "overlap_comm":
+            raise ConfigError(
+                f"{'.'.join([*parents, key])} is {given}, the recipe makes it {value}",
+                where=str(path),
+                remedy='write "auto" there; the recipe decides',
+            )
+        section[key] = value if given == "auto" else given
     return ds_config
 
 
