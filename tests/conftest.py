@@ -5,7 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 
+import hypothesis
 import pytest
+
+# Machines are shared and slow at times; a test that asserts a time fails for nothing.
+hypothesis.settings.register_profile("patient", deadline=None)
+hypothesis.settings.load_profile("patient")
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -108,3 +109,13 @@ def test_an_unknown_name_lists_the_known():
     with pytest.raises(ConfigError, match="does not exist") as caught:
         complete_ds_config(EngineConfig(ds_config="zero9"), 1.0, 1, "cpu")
     assert "zero3" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    "change", [{"gradient_accumulation_steps": 7}, {"bf16": 1}, {"zero_optimization": {"stage": 1}}]
+)
+def test_a_deepspeed_config_that_contradicts_the_recipe_is_refused(tmp_path, change):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(json.loads(DS_CONFIGS[0].read_text()) | change))
+    with pytest.raises(ConfigError, match=next(iter(change)).split("_")[0] + "|ZeRO"):
+        complete_ds_config(EngineConfig(ds_config=str(path)), clip_norm=1.0, micro_batches=2, device_type="cpu")
