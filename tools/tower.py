@@ -114,6 +114,7 @@ def train_tower(out: Path, steps: int, seed: int, progress: Progress) -> dict[st
     Raises:
         ConfigError: `out` holds something else, or the digits are not installed.
     """
+    torch.set_num_threads(1)  # tensors this small gain nothing from a second, and lose much on a busy machine
     torch.manual_seed(seed)
     sources, rng = load_digits(seed), np.random.default_rng(seed)
     digits = augment(sources["train"], AUGMENTED_COPIES, rng)
