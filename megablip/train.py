@@ -9,6 +9,7 @@ and finds where to begin, `Trainer.train` loops, `Trainer.step` is one step.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 import traceback
@@ -144,16 +145,18 @@ class Trainer:
 
     def train(self) -> Outcome:
         """Step until the duration is done or any rank is asked to stop; save; the outcome."""
-
         line, self.began = ProgressLine(), time.perf_counter()
         lane_states = None  # of the last step trained, not of the last one fetched
-        while not self.finished and self.progress.step != self.config.stop_after_steps:
+        stop_at = self.config.stop_after_steps or math.inf
+        while not self.finished and self.progress.step < stop_at:
+            step_began = time.perf_counter()
             batch, total = self.fetch()
             if total.stop:
                 self.say(f"asked to stop at step {self.progress.step}; saving")
                 break
             scalars = self.step(batch, total)
             lane_states = batch.lane_states
+            scalars["tokens_per_s"] = total.tokens / (time.perf_counter() - step_began)
             if self.board:
                 if self.progress.step % self.config.log.every_steps == 0:
                     self.board.write(self.progress.step, scalars)
@@ -209,7 +212,6 @@ class Trainer:
         scale = self.topology.world / max(total.valid_labels, 1)
         sources = len(config.data.sources)
         sums = torch.zeros(2, sources + 1, dtype=torch.float64, device=device)  # last column: dummies
-        began = time.perf_counter()
         for micro_batch in batch.micro_batches:
             micro_batch = micro_batch.to(device)
             features = encode_tiles(self.tower, micro_batch.tiles)
@@ -219,7 +221,6 @@ class Trainer:
             sums[0].index_add_(0, micro_batch.source % (sources + 1), losses.document_loss.double())
             sums[1].index_add_(0, micro_batch.source % (sources + 1), losses.document_labels.double())
         dist.all_reduce(sums)
-        elapsed = time.perf_counter() - began
 
         progress.step += 1
         progress.tokens += total.tokens
@@ -230,7 +231,6 @@ class Trainer:
             "learning_rate": lr,
             "tokens_seen": progress.tokens,
             "documents_seen": progress.documents,
-            "tokens_per_s": total.tokens / elapsed,
             "data_wait_share": self.data_wait_share,
             "padding_share": 1 - total.tokens / self.slots_per_step,
             "step_skipped": float(not self.engine.was_step_applied),
