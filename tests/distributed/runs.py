@@ -82,7 +82,7 @@ def make_recipe(folder: Path, **changes: Any) -> Path:
         },
         "batch": {"lanes": 4, "sequences_per_lane": 1, "micro_batch_sequences": 1},
         "optimizer": {"lr": 0.01, "weight_decay": 0.05, "warmup": "2 steps"},
-        "engine": {"ranks": 2, "threads": 1, "timeout_s": 60},
+        "engine": {"ranks": 2, "threads": 1, "timeout_s": 60, "ds_config": str(_sharded(folder))},
         "checkpoint": {"every_steps": 100, "keep": 2},
     }
     for key, value in changes.items():
@@ -93,6 +93,15 @@ def make_recipe(folder: Path, **changes: Any) -> Path:
         node[leaf] = value
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def _sharded(folder: Path) -> Path:
+    """zero3, but with no parameter so small that every rank keeps it whole."""
+    ds_config = json.loads((REPOSITORY / "ds_configs" / "zero3.json").read_text())
+    ds_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    path = folder / "ds_config.json"
+    path.write_text(json.dumps(ds_config))
     return path
 
 
