@@ -1,0 +1,1 @@
+"""Starts runs; so far on one machine."""
