@@ -38,39 +38,70 @@ class Section(BaseModel):
 
 
 class Duration(Section):
-    """An amount of training: `"2000 steps"` or `"100B tokens"` in YAML."""
+    """An amount of training: `"2000 steps"`, `"100B tokens"` or `"3 epochs"` in YAML."""
 
     value: int = Field(ge=0)
-    unit: Literal["steps", "tokens"]
+    unit: Literal["steps", "tokens", "epochs"]
 
     @model_validator(mode="before")
     @classmethod
     def _parse(cls, raw: Any) -> Any:
         if not isinstance(raw, str):
             return raw
-        match = re.fullmatch(r"\s*(\d[\d_]{0,30}(?:\.\d{1,30})?)\s*([kMBT]?)\s*(steps|tokens)\s*", raw)
+        match = re.fullmatch(r"\s*(\d[\d_]{0,30}(?:\.\d{1,30})?)\s*([kMBT]?)\s*(steps|tokens|epochs?)\s*", raw)
         if not match:
             raise ValueError(f"'{raw}' is no duration; write for example '2000 steps' or '2.5M tokens'")
         scale = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}[match[2]]
-        return {"value": round(float(match[1].replace("_", "")) * scale), "unit": match[3]}
+        value = float(match[1].replace("_", "")) * scale
+        if match[3].startswith("epoch") and value != int(value):
+            raise ValueError(f"'{raw}': a stage counts whole epochs, since each sample is trained once in each")
+        return {"value": round(value), "unit": "epochs" if match[3].startswith("epoch") else match[3]}
 
     def __str__(self) -> str:
         return f"{self.value} {self.unit}"
 
-    def done(self, *, steps: int, tokens: int) -> float:
-        """Share of this duration that `steps` and `tokens` make up (may pass 1)."""
-        return (steps if self.unit == "steps" else tokens) / max(self.value, 1)
+    def done(self, *, steps: int, tokens: int, epochs: float = 0.0) -> float:
+        """Share of this duration that `steps`, `tokens` or `epochs` make up (may pass 1)."""
+        return {"steps": steps, "tokens": tokens, "epochs": epochs}[self.unit] / max(self.value, 1)
+
+
+SchemaName = Literal["caption", "interleaved", "ocr", "grounding", "conversation", "text", "preference", "safety"]
 
 
 class SourceConfig(Section):
     name: str
     """Names the source in logs, metrics and the data state."""
     shards: str | list[str]
-    """Tar shards: a path, a glob, braces such as `part-{000..099}.tar`, or a list of these."""
-    schema_name: Literal["caption", "interleaved", "ocr", "text"] = Field(alias="schema")
+    """Tar shards: a path, a URL, a glob, braces such as `part-{000..099}.tar`, or a list of these."""
+    schema_name: SchemaName = Field(alias="schema")
     """On-disk schema of the samples."""
-    weight: float = Field(gt=0)
-    """Share in the mixture, relative to the other sources' weights."""
+    weight: float | list[tuple[int, float]]
+    """Share in the mixture, relative to the other sources' weights; or a schedule `[[0, 2.0], [5000, 0.5]]`:
+    from step 0 on 2.0, from step 5000 on 0.5."""
+    split: Literal["never", "text"] = "never"
+    """What becomes of a document that is longer than a sequence: dropped, or cut between segments and inside text."""
+    order: Literal["samples", "shards"] = "samples"
+    """What is shuffled: blocks of samples, which needs an index of each shard, or whole shards."""
+    granularity: int = Field(6, ge=1, le=6)
+    """Of the six OCR captions, or the three of grounding: from the text alone to exact boxes."""
+
+    @field_validator("weight")
+    @classmethod
+    def _weight_is_a_schedule(cls, weight: float | list[tuple[int, float]]) -> float | list[tuple[int, float]]:
+        if isinstance(weight, list):
+            steps, weights = [step for step, _ in weight], [value for _, value in weight]
+            if steps[:1] != [0] or steps != sorted(set(steps)):
+                raise ValueError(f"a schedule's steps begin with 0 and rise, got {steps}")
+            if min(weights) < 0 or not any(weights):
+                raise ValueError(f"a schedule's weights are 0 or more, and not all 0, got {weights}")
+        elif weight <= 0:
+            raise ValueError(f"a weight is more than 0, got {weight}")
+        return weight
+
+    @property
+    def weight_schedule(self) -> list[tuple[int, float]]:
+        """(first step, weight) of each piece, by rising step from 0."""
+        return self.weight if isinstance(self.weight, list) else [(0, self.weight)]
 
 
 class DataConfig(Section):
@@ -83,10 +114,23 @@ class DataConfig(Section):
     """What the weights count."""
     packing_buffer: int = Field(256, gt=0)
     """Documents that wait to be packed, for each lane."""
-    decode_workers: int = operational(1, ge=1)
-    """Processes of a rank that read samples and decode images."""
-    prefetch_steps: int = operational(2, ge=1)
-    """Whole steps kept ready; one is needed before the first backward."""
+    decode_workers: int = operational(1, ge=0)
+    """Processes of a rank that read samples and decode images; 0: planning and decoding in a thread of the rank."""
+    dct_scaling: bool = False
+    """Let libjpeg shrink a far too large JPEG while it decodes: faster, pixels differ by a level or two."""
+    prefetch_bytes: int = operational(1 << 30, ge=0)
+    """Host memory of a rank for steps kept ready: one at least, eight at most."""
+    cache_dir: str | None = operational(None)
+    """Folder of this node for copies of remote shards, shared by its ranks; None: a folder under the system's own."""
+    cache_bytes: int = operational(100 << 30, gt=0)
+    """What the copies may take together."""
+
+    @model_validator(mode="after")
+    def _always_some_weight(self) -> DataConfig:
+        for step in sorted({step for source in self.sources for step, _ in source.weight_schedule}):
+            if not any(weights_at([source.weight_schedule for source in self.sources], step)):
+                raise ValueError(f"from step {step} on no source has a weight")
+        return self
 
     @field_validator("sources")
     @classmethod
@@ -95,6 +139,11 @@ class DataConfig(Section):
         if len(set(names)) != len(names):
             raise ValueError(f"sources need distinct names, got {names}")
         return sources
+
+
+def weights_at(schedules: list[list[tuple[int, float]]], step: int) -> list[float]:
+    """Weight of each source at a step."""
+    return [[weight for first, weight in schedule if first <= step][-1] for schedule in schedules]
 
 
 class BatchConfig(Section):
@@ -161,6 +210,8 @@ class Config(Section):
     """Training ends at the first step edge at or past this."""
     resume: Literal["auto", "never"] = operational("auto")
     """auto: go on from the newest committed checkpoint of run_dir, if any."""
+    allow_changes: list[Literal["data.sources"]] = operational([])
+    """Identity fields that may differ from the run directory's: sources may be added, removed, weighed anew."""
     stop_after_steps: int | None = operational(None, gt=0)
     """Save and stop at this step, as if a signal had come; for rehearsals."""
     model: ModelConfig
@@ -170,6 +221,21 @@ class Config(Section):
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _epochs_can_be_counted(self) -> Config:
+        if self.optimizer.warmup.unit == "epochs":
+            raise ValueError("optimizer.warmup is counted in steps or tokens")
+        if self.duration.unit == "epochs":
+            for source in self.data.sources:
+                if source.order == "shards":
+                    raise ValueError(
+                        f"data.sources: {source.name} is shuffled by shards, so its samples are not counted before "
+                        "they are read; count the duration in steps or tokens, or shuffle it by samples"
+                    )
+                if isinstance(source.weight, list):
+                    raise ValueError(f"data.sources: {source.name} has a schedule of weights; count steps or tokens")
+        return self
 
     @model_validator(mode="after")
     def _ranks_have_lanes(self) -> Config:

@@ -10,7 +10,7 @@ V visual tokens, P patches of a tile and S pixels of a tile's side.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -22,10 +22,16 @@ IGNORE_LABEL = -100  # torch's cross entropy ignores this label
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A run of text. `loss` says whether its tokens are trained on."""
+    """A run of text. `loss` says whether its tokens are trained on.
+
+    `role` says whose words of a conversation they are; segments of one role
+    in a row, images between and after them included, are one turn.  An empty
+    text opens a turn that begins with an image.
+    """
 
     text: str
     loss: bool = True
+    role: Literal["", "system", "user", "assistant"] = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +43,16 @@ class Image:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """An ordered list of segments; what every data set becomes."""
+    """An ordered list of segments; what every data set becomes.
+
+    A sample is one document, or a preference pair: two, the chosen and the
+    rejected answer to one prompt, which stay in one sequence.
+    """
 
     segments: tuple[Text | Image, ...]
     source: str
     key: str
+    preference: Literal["", "chosen", "rejected"] = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +67,7 @@ class VisualLayout:
     patch_size: int  # pixels
     tokens_per_tile: int
     grids: tuple[tuple[int, int], ...]
+    grid_rule: Literal["released", "paper"] = "released"
 
     @property
     def patches_per_side(self) -> int:
@@ -89,8 +101,10 @@ class EncodedDocument:
     input_ids: np.ndarray  # int32[n]
     labels: np.ndarray  # int32[n], IGNORE_LABEL where there is no loss
     images: tuple[EncodedImage, ...]
+    segment_starts: np.ndarray  # int32[segments], from 0 on: where the document may be cut; an image is a segment
     source: str
     key: str
+    preference: Literal["", "chosen", "rejected"] = ""
 
     @property
     def tiles(self) -> int:
@@ -109,11 +123,17 @@ class SampleAddress:
 
 @dataclass(frozen=True, slots=True)
 class PlannedDocument:
-    """A document that waits to be packed or has been: its address and costs."""
+    """A sample, or a piece of one, that waits to be packed or has been: its address and costs.
+
+    A sample that is cut gives pieces: `tokens` tokens from `start` on. Only a
+    sample of one document is ever cut.
+    """
 
     address: SampleAddress
     tokens: int
     tiles: int
+    start: int = 0
+    last: bool = True  # no further piece of the sample follows
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +162,7 @@ class DecodedDocument:
     grids: np.ndarray  # int32[images, 2], (columns, rows)
     source: int
     key: str
+    preference: Literal["", "chosen", "rejected"] = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,36 +171,37 @@ class Skip:
 
     source: str
     shard: str
-    key: str
+    key: str  # empty where the shard itself is damaged
     offset: int  # bytes from the start of the shard, -1 if unknown
     error: str
 
 
 @dataclass(frozen=True, slots=True)
 class PackedSequence:
-    """Documents laid end to end within the token and tile budgets.
+    """Documents laid end to end within the token and tile budgets: T tokens, D documents.
 
-    `skipped` lists documents whose images failed to decode: the sequence
-    stays short and nothing else changes.
+    `skipped` lists samples that could not be used, on the way to this sequence
+    or in it: the sequence stays short and nothing else changes.
     """
 
     lane: int
     index: int
-    documents: tuple[DecodedDocument, ...]
+    input_ids: np.ndarray  # int32[T]
+    labels: np.ndarray  # int32[T]; none on a document's first token, which nothing before it predicts
+    doc_lens: np.ndarray  # int32[D]
+    source: np.ndarray  # int32[D], index into the recipe's sources
+    pair: np.ndarray  # int32[D]: number of the preference pair in this sequence, -1 if none
+    visual_positions: np.ndarray  # int32[V], places in input_ids
+    tiles: np.ndarray  # uint8[N, 3, S, S]
+    patch_mask: np.ndarray  # bool[N, P]
+    grids: np.ndarray  # int32[I, 2]
+    keys: tuple[str, ...]
     skipped: tuple[Skip, ...]
     lane_state: np.ndarray
 
     @property
-    def keys(self) -> tuple[str, ...]:
-        return tuple(document.key for document in self.documents)
-
-    @property
     def tokens(self) -> int:
-        return sum(len(document.input_ids) for document in self.documents)
-
-    @property
-    def valid_labels(self) -> int:
-        return sum(int((document.labels != IGNORE_LABEL).sum()) for document in self.documents)
+        return len(self.input_ids)
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megablip.config import Config, Duration, dump_config, identity_changes, load_config, parse_config
+from megablip.config import Config, Duration, dump_config, identity_changes, load_config, parse_config, weights_at
 from megablip.errors import ConfigError
 from tests.minimal import RECIPE
 
@@ -195,6 +195,8 @@ def test_no_override_ends_in_anything_but_a_config_error(tmp_path_factory, key, 
         ("2.5M tokens", 2_500_000, "tokens"),
         ("100B tokens", 10**11, "tokens"),
         ("1.1T  tokens", 1_100_000_000_000, "tokens"),
+        ("1 epoch", 1, "epochs"),
+        ("3 epochs", 3, "epochs"),
     ],
 )
 def test_durations(text, value, unit):
@@ -202,14 +204,14 @@ def test_durations(text, value, unit):
     assert (duration.value, duration.unit) == (value, unit)
 
 
-@given(st.integers(0, 10**15), st.sampled_from(["steps", "tokens"]))
+@given(st.integers(0, 10**15), st.sampled_from(["steps", "tokens", "epochs"]))
 def test_a_duration_reads_back_what_it_prints(value, unit):
     duration = Duration(value=value, unit=unit)
     assert Duration.model_validate(str(duration)) == duration
 
 
 @pytest.mark.parametrize(
-    "text", ["", "10", "steps", "10 epochs", "-1 steps", "1e3 steps", "._ steps", "9" * 400 + " steps"]
+    "text", ["", "10", "steps", "10 lightyears", "-1 steps", "1e3 steps", "._ steps", "9" * 400 + " steps"]
 )
 def test_what_is_no_duration(text):
     with pytest.raises(ConfigError, match="is no duration"):
@@ -219,6 +221,40 @@ def test_what_is_no_duration(text):
 def test_share_done_counts_the_unit_of_the_duration():
     assert Duration.model_validate("10 steps").done(steps=5, tokens=1000) == 0.5
     assert Duration.model_validate("1k tokens").done(steps=5, tokens=2000) == 2.0
+    assert Duration.model_validate("2 epochs").done(steps=5, tokens=2000, epochs=0.5) == 0.25
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"duration": "1.5 epochs"}, "whole epochs"),
+        ({"optimizer__warmup": "1 epoch"}, "warmup is counted in steps or tokens"),
+        ({"duration": "1 epoch", "data__sources__0__order": "shards"}, "shuffled by shards"),
+        ({"duration": "1 epoch", "data__sources__0__weight": [[0, 1], [5, 2]]}, "schedule of weights"),
+        ({"data__sources__0__weight": [[1, 1.0]]}, "begin with 0 and rise"),
+        ({"data__sources__0__weight": [[0, 1.0], [0, 2.0]]}, "begin with 0 and rise"),
+        ({"data__sources__0__weight": []}, "begin with 0 and rise"),
+        ({"data__sources__0__weight": [[0, 0.0], [5, 0.0]]}, "not all 0"),
+        ({"data__sources__0__weight": [[0, -1.0], [5, 1.0]]}, "0 or more"),
+        ({"data__sources__0__weight": 0}, "more than 0"),
+        (
+            {"data__sources__0__weight": [[0, 1], [5, 0]], "data__sources__1__weight": [[0, 1], [7, 0]]},
+            "from step 7 on no source has a weight",
+        ),
+        ({"allow_changes": ["optimizer"]}, "allow_changes"),
+        ({"data__sources__0__granularity": 7}, "granularity"),
+    ],
+)
+def test_sources_and_stages_that_contradict_themselves(changes, words):
+    with pytest.raises(ConfigError, match=words):
+        changed(**changes)
+
+
+def test_weights_at_a_step():
+    schedules = [[(0, 2.0)], [(0, 0.0), (5, 1.0), (9, 3.0)]]
+    assert [weights_at(schedules, step) for step in (0, 4, 5, 8, 9, 99)] == [
+        [2, 0], [2, 0], [2, 1], [2, 1], [2, 3], [2, 3]
+    ]  # fmt: skip
 
 
 OPERATIONAL = {
@@ -227,7 +263,10 @@ OPERATIONAL = {
     "stop_after_steps": 3,
     "model__activation_checkpointing": True,
     "data__decode_workers": 3,
-    "data__prefetch_steps": 4,
+    "data__prefetch_bytes": 4,
+    "data__cache_dir": "elsewhere",
+    "data__cache_bytes": 5,
+    "allow_changes": ["data.sources"],
     "batch__micro_batch_sequences": 2,
     "engine__ranks": 2,
     "engine__ds_config": "other",
@@ -245,6 +284,10 @@ IDENTITY = {
     "data__max_tiles": 4,
     "data__packing_buffer": 3,
     "data__mixture_unit": "documents",
+    "data__dct_scaling": True,
+    "data__sources__0__split": "text",
+    "data__sources__0__order": "shards",
+    "data__sources__0__granularity": 2,
     "data__sources__1__weight": 3,
     "data__sources__1__name": "c",
     "data__sources__0__shards": "c-*.tar",
@@ -286,7 +329,7 @@ def test_every_field_is_in_one_of_these_lists():
 def flat_keys(node, prefix=""):
     if isinstance(node, dict) and set(node) != {"value", "unit"}:
         return [name for key, child in node.items() for name in flat_keys(child, f"{prefix}.{key}")]
-    if isinstance(node, list) and isinstance(node[0], dict):
+    if isinstance(node, list) and node and isinstance(node[0], dict):
         return [name for child in node for name in flat_keys(child, f"{prefix}.*")]
     return [prefix.removeprefix(".")]
 
