@@ -5,6 +5,7 @@
     OUT/train/{ocr,caption,interleaved,text}-%06d.tar   augmented train digits
     OUT/validation/...                                   the same four kinds, validation digits
     OUT/test/ocr-%06d.tar                                test digits: see TEST
+    OUT/*/*.idx                                          their indexes
     OUT/corpus.txt                                       all training text, for the tokenizer
 
 The samples are laid out as real data sets are (img2dataset's captions, OCR
@@ -22,7 +23,6 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-import webdataset
 from PIL import Image
 from rich.progress import Progress
 
@@ -30,6 +30,7 @@ from megablip.errors import MegablipError
 from tools.canvases import Canvas, augment, draw_line
 from tools.digits import Digits, load_digits
 from tools.folders import complete_folder
+from tools.shard_writer import IndexedShardWriter
 
 # Share of each kind of document. OCR leads: reading is what the demo is judged by.
 KINDS = {"ocr": 0.72, "caption": 0.10, "interleaved": 0.08, "text": 0.10}
@@ -162,7 +163,8 @@ def make_demo_shards(out: Path, documents: int, seed: int, progress: Progress) -
     def write(folder: Path, kind: str, samples: Iterator[Sample], count: int) -> list[str]:
         progress.update(task, description=f"{folder.name}/{kind}", completed=0, total=count)
         texts: list[str] = []
-        with _shard_writer(folder, kind) as writer:
+        folder.mkdir(parents=True, exist_ok=True)
+        with IndexedShardWriter(str(folder / f"{kind}-%06d.tar"), SAMPLES_PER_SHARD) as writer:
             for number, sample in enumerate(samples):
                 writer.write({"__key__": f"{folder.name}-{kind}-{number:06d}", **sample.members})
                 texts += sample.texts
@@ -182,13 +184,6 @@ def make_demo_shards(out: Path, documents: int, seed: int, progress: Progress) -
             write(folder / "validation", kind, validation.samples(kind, count), count)
         write(folder / "test", "ocr", test.test_samples(), sum(images for *_, images in TEST))
         (folder / "corpus.txt").write_text("\n".join(corpus) + "\n", encoding="utf-8")
-
-
-def _shard_writer(folder: Path, kind: str) -> webdataset.ShardWriter:
-    folder.mkdir(parents=True, exist_ok=True)
-    pattern = str(folder / f"{kind}-%06d.tar")
-    # A fixed time makes the same seed write the same bytes.
-    return webdataset.ShardWriter(pattern, maxcount=SAMPLES_PER_SHARD, verbose=0, mtime=0)
 
 
 def _truth(canvas: Canvas) -> dict[str, Any]:

@@ -1,21 +1,16 @@
-import gzip
-import io
 import os
-import re
 import tarfile
-import time
-from contextlib import suppress
 
 import numpy as np
 import pytest
 import webdataset
 
 from megablip.data import shards
-from megablip.data.shards import ShardSource, expand_shards, index_path, read_count
+from megablip.data.cache import ShardCache
+from megablip.data.index import index_path
+from megablip.data.shards import ShardSource, expand_shards
 from megablip.errors import SampleError, ShardError
-from tests.data.builders import write_tar
-
-LONG_NAME = "folder/" + "n" * 150
+from tests.data.builders import raw_member, write_tar
 
 
 @pytest.fixture
@@ -34,105 +29,132 @@ def by_webdataset(path):
     return [(s["__key__"], {ext: data for ext, data in s.items() if not ext.startswith("__")}) for s in dataset]
 
 
-def add(tar, name, data=b"x", kind=tarfile.REGTYPE):
-    member = tarfile.TarInfo(name)
-    member.type, member.size = kind, len(data) if kind == tarfile.REGTYPE else 0
-    member.linkname = "elsewhere" if kind in (tarfile.SYMTYPE, tarfile.LNKTYPE) else ""
-    tar.addfile(member, io.BytesIO(data))
-
-
 @pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_reads_what_webdataset_reads(tmp_path, tar_format):
-    path = tmp_path / "odd.tar"
-    with tarfile.open(path, "w", format=tar_format) as tar:
-        add(tar, "folder", kind=tarfile.DIRTYPE)
-        add(tar, "__meta__", b"skipped")
-        add(tar, "__index__/a.txt", b"skipped")
-        add(tar, "folder/a.jpg", b"1" * 700)
-        add(tar, "no_extension", b"skipped")
-        add(tar, "folder/link.jpg", kind=tarfile.SYMTYPE)
-        add(tar, "folder/hard.jpg", kind=tarfile.LNKTYPE)
-        add(tar, "folder/a.seg.PNG", b"")
-        add(tar, "b.txt", "ä".encode())
-        add(tar, LONG_NAME[:90] + ".txt", b"long")
-        if tar_format != tarfile.USTAR_FORMAT:
-            add(tar, LONG_NAME + ".txt", b"longer")
-            add(tar, "ü with space.txt", b"no text line can hold this name")
-        add(tar, "../../etc/passwd.txt", b"a name only, never a path")
-    assert read_all(path) == by_webdataset(path)
-    assert len(read_all(path)) >= 4
+    """Members of all sizes around what is read at once, in all orders; long names, and names no text line can hold."""
+    rng = np.random.default_rng(0)
+    sizes = [0, 1, 511, 512, 513, 3000, 16383, 16384, 16385, 33000, 100_000]
+    samples = []
+    for number in range(60):
+        members = {f"{n}.BIN": rng.bytes(int(rng.choice(sizes))) for n in range(rng.integers(1, 6))}
+        long_name = "d" * 80 + "/" + "n" * (80 if number % 3 else 3) + " " * (number % 7 == 0)
+        samples.append({"__key__": f"{long_name}{number}".encode(), **members})
+    path = write_tar(tmp_path / "a.tar", samples, tar_format)
+    expected = by_webdataset(path)
+    assert read_all(path) == expected
+    source = ShardSource("test", [str(path)])
+    for sample in rng.permutation(len(samples)).tolist():
+        assert source.read(0, sample) == expected[sample]
 
 
-def test_index_has_the_format_of_wds2idx(shard):
+def test_members_that_are_not_adjacent_in_the_file(tmp_path):
+    """Links and metadata between the members of a sample are passed over."""
+    between = raw_member(b"__meta__", b"m" * 40_000) + raw_member(b"no_extension", b"n" * 900)
+    path = tmp_path / "a.tar"
+    path.write_bytes(raw_member(b"a.txt", b"1") + between + raw_member(b"a.json", b"{}") + bytes(1024))
+    assert read_all(path) == [("a", {"txt": b"1", "json": b"{}"})]
+
+
+def test_damaged_shards_are_read_around_the_damage(shard):
+    expected = by_webdataset(shard)
+    with tarfile.open(shard) as tar:
+        offset = next(member.offset for member in tar if member.name == "000004.json")
+    data = bytearray(shard.read_bytes())
+    data[offset + 3] ^= 1
+    shard.write_bytes(data)
+    for _ in range(2):  # walked, then by the index
+        source = ShardSource("test", [str(shard)])
+        assert [source.read(0, sample) for sample in range(source.total)] == expected[:4] + expected[5:]
+        assert [(damage.offset, damage.samples) for damage in source.damage(0)] == [(offset, 1)]
+    assert ShardSource("test", [str(write_tar(shard.parent / "good.tar", [{"txt": b"x"}]))]).damage(0) == []
+
+
+def test_one_shard_is_counted_without_the_others(tmp_path):
+    paths = [str(write_tar(tmp_path / f"{n}.tar", [{"txt": b"x"}] * (n + 1))) for n in range(3)]
+    source = ShardSource("test", paths)
+    assert source.count(1) == 2
+    assert [os.path.exists(index_path(path)) for path in paths] == [False, True, False]
+    assert source.counts.tolist() == [1, 2, 3]
+    assert source.total == 6
+
+
+def test_a_shard_changed_before_the_run_is_indexed_again(shard):
+    assert len(read_all(shard)) == 12
+    write_tar(shard, [{"txt": b"new" * 9000}] * 5)
+    assert [members["txt"] for _, members in read_all(shard)] == [b"new" * 9000] * 5
+
+
+@pytest.mark.parametrize("opened", [True, False])
+@pytest.mark.parametrize("change", ["cut", "longer", "same size"])
+def test_a_shard_changed_in_the_run_is_named(shard, change, opened):
     source = ShardSource("test", [str(shard)])
     assert source.total == 12
-    lines = (shard.parent / "part-000.idx").read_text().splitlines()
-    assert lines[0] == "v1.2 12"
-    assert re.fullmatch(r"txt 512 6 000000\.txt 0\.png 1536 0 000000\.0\.PNG json 2048 2 000000\.json", lines[1])
-    with tarfile.open(shard) as tar:  # every offset is that of the standard library
-        expected = [f"{m.offset_data} {m.size} {m.name}" for m in tar]
-    fields = " ".join(lines[1:]).split()
-    assert [" ".join(fields[i + 1 : i + 4]) for i in range(0, len(fields), 4)] == expected
+    if opened:
+        source.read(0, 0)
+    if change == "cut":
+        os.truncate(shard, 3000)
+    elif change == "longer":
+        write_tar(shard, [{"txt": b"new" * 9000}] * 5)
+    else:  # other samples at other places
+        size = shard.stat().st_size
+        write_tar(shard, [{"txt": b"text", "0.PNG": b"p" * (1200 - n * 100), "json": b"{}"} for n in range(11)])
+        os.truncate(shard, size)
+    with pytest.raises(ShardError, match="disagree") as caught:
+        [source.read(0, sample) for sample in range(11, -1, -1)]
+    assert str(shard) in caught.value.where
+    assert "source test" in caught.value.where
+    assert ".idx" in caught.value.remedy
 
 
-def test_an_index_of_another_tool_is_used(shard):
+def test_a_shard_cut_inside_a_member_while_it_is_read_is_named(shard):
+    source = ShardSource("test", [str(shard)])
+    _, _, offset = source.where(0, 11)
+    os.truncate(shard, offset + 1024 + 700)
+    with pytest.raises(ShardError, match=r"'000011\.0\.PNG' at offset \d+ ends early"):
+        source.read(0, 11)
+
+
+@pytest.mark.parametrize("size", [100, 20_000])
+def test_the_header_of_a_lone_member_is_looked_at(tmp_path, size):
+    path = write_tar(tmp_path / "a.tar", [{"__key__": b"%d" % n, "jpg": b"x" * size} for n in range(3)])
+    source = ShardSource("test", [str(path)])
+    assert source.read(0, 1)[0] == "1"
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"1.jpg", b"7.jpg"))
+    with pytest.raises(ShardError, match=r"'1\.jpg' is not at offset"):
+        source.read(0, 1)
+
+
+def test_a_line_that_is_no_sample_is_named(tmp_path):
+    shard = write_tar(tmp_path / "a.tar", [{"txt": b"x"}] * 3)
     ShardSource("test", [str(shard)]).counts  # noqa: B018
-    text = (shard.parent / "part-000.idx").read_text().replace("0.png", "0.PNG")  # wds2idx keeps the case
-    (shard.parent / "part-000.idx").write_text(text)
-    assert read_all(shard) == by_webdataset(shard)
-    assert (shard.parent / "part-000.idx").read_text() == text
+    path = tmp_path / "a.idx"
+    path.write_text(path.read_text().replace("txt 1536 1 000001.txt", "txt 1536 -1 000001.txt"))
+    with pytest.raises(ShardError, match="line 3 of its index is not one webdataset sample"):
+        ShardSource("test", [str(shard)]).read(0, 1)
+    with pytest.raises(ShardError, match="sample 3 was asked for"):
+        ShardSource("test", [str(shard)]).read(0, 3)
 
 
-def test_an_index_is_reused_and_a_changed_shard_indexed_again(shard, monkeypatch):
-    assert len(read_all(shard)) == 12
-    with monkeypatch.context() as patch:
-        patch.setattr(shards, "build_index", lambda path: pytest.fail("indexed again"))
-        assert len(read_all(shard)) == 12
-    write_tar(shard, [{"txt": b"new"}] * 5)
-    os.utime(shard, ns=(time.time_ns() + 10**6,) * 2)
-    assert [members["txt"] for _, members in read_all(shard)] == [b"new"] * 5
+def test_a_read_only_folder_is_walked_once(shard, monkeypatch):
+    shard.parent.chmod(0o555)
+    monkeypatch.setattr("megablip.data.index.tempfile.mkstemp", lambda **_: exec('raise PermissionError("read-only")'))
+    source = ShardSource("test", [str(shard)])
+    assert [source.read(0, sample) for sample in range(source.total)] == by_webdataset(shard)
+    monkeypatch.setattr("megablip.data.index.walk", lambda *_: pytest.fail("walked again"))
+    source.close()
+    assert source.read(0, 3)[0] == "000003"
+    shard.parent.chmod(0o755)
 
 
-@pytest.mark.parametrize("change", ["shorter", "longer", "other", "appended", "cut index", "wrong count", "no index"])
-def test_an_index_of_another_shard_is_not_trusted(shard, change):
-    """Even if its time stamp is newer than the shard's."""
-    index = shard.parent / "part-000.idx"
-    assert ShardSource("test", [str(shard)]).total == 12
-    samples = [{"txt": b"text %d" % n} for n in range({"shorter": 3, "longer": 40}.get(change, 12))]
-    if change in ("shorter", "longer", "other"):
-        write_tar(shard, samples)
-    elif change == "appended":
-        with tarfile.open(shard, "a") as tar:
-            add(tar, "later.txt")
-    elif change == "cut index":
-        index.write_bytes(index.read_bytes()[:-30])
-    elif change == "wrong count":
-        index.write_text(index.read_text().replace("v1.2 12", "v1.2 13"))
-    else:
-        index.write_bytes(b"\x80\x04 a pickle, say")
-    os.utime(index, ns=(time.time_ns() + 10**9,) * 2)
-    if change == "wrong count":  # only a full read shows it
-        with pytest.raises(ShardError, match="disagree"):
-            read_all(shard)
-    else:
-        assert read_count(str(shard)) is None
-        assert read_all(shard) == by_webdataset(shard)
-
-
-def test_a_read_only_folder_is_indexed_in_memory(shard, monkeypatch):
-    def refuse(*_, **__):
-        raise PermissionError("read-only")
-
-    monkeypatch.setattr(shards.tempfile, "mkstemp", refuse)
-    assert read_all(shard) == by_webdataset(shard)
-    assert os.listdir(shard.parent) == ["part-000.tar"]
-
-
-def test_a_file_of_another_format_is_not_overwritten(shard):
-    index = shard.parent / "part-000.idx"
-    index.write_bytes(b"MMIDIDX\x00\x00 Megatron's")
-    assert read_all(shard) == by_webdataset(shard)
-    assert index.read_bytes().startswith(b"MMIDIDX")
+def test_indexes_in_memory_are_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "IN_MEMORY_BYTES", 500)
+    paths = [str(write_tar(tmp_path / f"{n}.tar", [{"__key__": b"a b", "txt": b"x"}])) for n in range(40)]
+    source = ShardSource("test", paths)
+    assert source.total == 40
+    for shard in (*range(40), 0):
+        assert source.read(shard, 0)[0] == "a b"
+    assert sum(index.text_bytes for index in source._in_memory.values()) <= 500
 
 
 def test_more_shards_than_may_be_open(tmp_path, monkeypatch):
@@ -142,127 +164,78 @@ def test_more_shards_than_may_be_open(tmp_path, monkeypatch):
     assert source.counts.tolist() == [1, 2, 3, 4, 5]
     for _ in range(2):
         assert [source.read(n, n)[1]["txt"] for n in range(5)] == [b"%d" % n for n in range(5)]
-    open_files = {os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if _is_link(fd)}
-    assert len(open_files & set(paths)) <= 2
+    assert len(open_files() & set(paths)) == 2
+    source.close()
+    assert not open_files() & {*paths, *map(index_path, paths)}
 
 
-def _is_link(fd):
-    return os.path.islink(f"/proc/self/fd/{fd}")
-
-
-@pytest.mark.parametrize("fields", ["txt 512 -6 a.txt", "txt -512 6 a.txt", f"txt {2**70} 6 a.txt", "txt 512 6 a"])
-def test_an_index_with_impossible_numbers_is_refused(tmp_path, fields):
-    shard = write_tar(tmp_path / "a.tar", [{"__key__": b"a", "txt": b"first"}, {"__key__": b"b", "txt": b"second"}])
-    ShardSource("test", [str(shard)]).counts  # noqa: B018
-    header, _, last = (tmp_path / "a.idx").read_text().splitlines()
-    (tmp_path / "a.idx").write_text(f"{header}\n{fields}\n{last}\n")
-    with pytest.raises(ShardError, match="disagree"):
-        ShardSource("test", [str(shard)]).read(0, 0)
-
-
-@pytest.mark.parametrize("share", np.linspace(0.01, 0.99, 15))
-def test_a_truncated_shard_is_named_with_its_offset(shard, share):
-    with tarfile.open(shard) as tar:
-        content = tar.getmembers()[-1].offset_data + 512  # what follows is padding and may be cut
-    os.truncate(shard, int(content * share))
-    with pytest.raises(ShardError) as caught:
-        ShardSource("test", [str(shard)]).counts  # noqa: B018
-    assert "truncated" in caught.value.what or "not a tar" in caught.value.what
-    assert str(shard) in caught.value.where
-    assert "offset" in caught.value.where
-    assert caught.value.remedy
-    assert not os.path.exists(index_path(str(shard)))
-
-
-def test_a_shard_cut_between_two_members_is_truncated(shard):
-    with tarfile.open(shard) as tar:
-        os.truncate(shard, tar.getmembers()[9].offset)
-    with pytest.raises(ShardError, match="no end-of-archive"):
-        ShardSource("test", [str(shard)]).counts  # noqa: B018
-
-
-def test_a_broken_header_is_not_taken_for_the_end(shard):
-    with tarfile.open(shard) as tar:
-        offset = tar.getmembers()[9].offset
-    data = bytearray(shard.read_bytes())
-    data[offset + 5] ^= 64
-    shard.write_bytes(data)
-    with pytest.raises(ShardError, match="damaged"):
-        ShardSource("test", [str(shard)]).counts  # noqa: B018
-
-
-def test_a_shard_truncated_after_indexing_is_noticed_on_reading(shard):
-    source = ShardSource("test", [str(shard)])
-    assert source.total == 12
-    os.truncate(shard, 3000)
-    with pytest.raises(ShardError, match="ends early"):
-        source.read(0, 11)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "zero bytes"),
-        (gzip.compress(b"tar"), r"compressed \(gzip\)"),
-        (b"\x28\xb5\x2f\xfd rest", r"compressed \(zstd\)"),
-        (b"<html>not found</html>" * 50, "not a tar"),
-        (bytes(10240), "no sample"),
-        (bytes(100), "not a tar"),
-    ],
-)
-def test_what_is_no_shard(tmp_path, content, message):
-    path = tmp_path / "bad.tar"
-    path.write_bytes(content)
-    with pytest.raises(ShardError, match=message) as caught:
-        ShardSource("test", [str(path)]).counts  # noqa: B018
-    assert str(path) in caught.value.where
-    assert caught.value.remedy
-
-
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        (["a.txt", "b.txt", "a.jpg"], "duplicate key 'a'"),
-        (["a.txt", "b.txt", "b.txt"], "two members of one extension"),
-        (["a.jpg", "a.JPG"], "two members of one extension"),
-    ],
-)
-def test_keys_that_clash(tmp_path, names, message):
-    path = tmp_path / "clash.tar"
-    with tarfile.open(path, "w") as tar:
-        for name in names:
-            add(tar, name)
-    with pytest.raises(ShardError, match=message):
-        ShardSource("test", [str(path)]).counts  # noqa: B018
-
-
-def test_hostile_headers_end_with_a_message(tmp_path):
-    """Random damage to headers: a ShardError or the samples, nothing else, and in finite time."""
-    good = write_tar(tmp_path / "good.tar", [{"txt": b"x" * 30}] * 4).read_bytes()
-    numbers = np.random.default_rng(0)
-    for trial in range(150):
-        data = bytearray(good)
-        start = 1024 * int(numbers.integers(4))
-        for _ in range(3):
-            data[start + int(numbers.integers(100, 512))] = int(numbers.integers(256))
-        header = data[start : start + 512]
-        header[148:156] = b" " * 8
-        data[start + 148 : start + 156] = b"%06o\0 " % sum(header)  # a checksum that fits
-        path = tmp_path / f"{trial}.tar"
-        path.write_bytes(data)
-        with suppress(ShardError):
-            read_all(path)
+def open_files():
+    links = (f"/proc/self/fd/{descriptor}" for descriptor in os.listdir("/proc/self/fd"))
+    return {os.readlink(link) for link in links if os.path.islink(link)}
 
 
 def test_a_member_too_large_is_a_bad_sample(shard, monkeypatch):
     monkeypatch.setattr(shards, "MAX_MEMBER_BYTES", 1000)
     source = ShardSource("test", [str(shard)])
     assert source.read(0, 5)[0] == "000005"
-    with pytest.raises(SampleError, match="above the limit"):
+    with pytest.raises(SampleError, match="above the limit") as caught:
         source.read(0, 11)
+    assert str(shard) in caught.value.where
     path, key, offset = source.where(0, 11)
     assert (path, key) == (str(shard), "000011")
     assert shard.read_bytes()[offset : offset + 7] == b"text 11"
+
+
+# --- remote shards ------------------------------------------------------------
+
+
+@pytest.fixture
+def remote(tmp_path):
+    """Ten shards behind URLs, and a cache for three of them."""
+    paths = [write_tar(tmp_path / "store" / f"{n}.tar", [{"txt": b"%d" % n}] * (n + 1)) for n in range(10)]
+    return [f"file://{path}" for path in paths], ShardCache(tmp_path / "cache", 3 * 20_480)
+
+
+def test_remote_shards_are_read_through_the_cache(remote):
+    urls, cache = remote
+    source = ShardSource("test", urls, cache=cache)
+    assert source.counts.tolist() == list(range(1, 11))
+    for shard in (3, 9, 0, 3):
+        assert source.read(shard, shard)[1]["txt"] == b"%d" % shard
+    assert source.where(3, 0)[0] == urls[3]
+
+
+def test_remote_indexes_are_enough_to_count(remote):
+    urls, cache = remote
+    ShardSource("test", [url.removeprefix("file://") for url in urls]).counts  # noqa: B018
+    assert ShardSource("test", urls, cache=cache).counts.tolist() == list(range(1, 11))
+    assert not list(cache._folder.glob("*.tar"))
+
+
+def test_a_remote_index_of_another_shard_is_not_used(remote):
+    urls, cache = remote
+    ShardSource("test", [url.removeprefix("file://") for url in urls]).counts  # noqa: B018
+    write_tar(urls[2].removeprefix("file://"), [{"txt": b"x" * 2000}] * 7)
+    source = ShardSource("test", urls, cache=cache)
+    assert source.count(2) == 7
+    assert source.read(2, 6)[1]["txt"] == b"x" * 2000
+
+
+def test_errors_of_remote_shards_name_the_url(remote, tmp_path):
+    urls, cache = remote
+    (tmp_path / "store" / "bad.tar").write_bytes(b"<html>not found</html>" * 50)
+    bad = f"file://{tmp_path}/store/bad.tar"
+    with pytest.raises(ShardError, match="not a tar") as caught:
+        ShardSource("test", [bad], cache=cache).read(0, 0)
+    assert bad in caught.value.where
+    with pytest.raises(ShardError, match="does not exist") as caught:
+        ShardSource("test", [bad + ".gone"], cache=cache).counts  # noqa: B018
+    assert bad in caught.value.where
+    with pytest.raises(ShardError, match="needs a cache"):
+        ShardSource("test", urls)
+
+
+# --- names --------------------------------------------------------------------
 
 
 def test_expansion(tmp_path):
@@ -280,6 +253,14 @@ def test_expansion(tmp_path):
         "a-1.tar",
         "b-0.tar",
     ]
+    for spec in (f"file://{tmp_path}/a-*.tar", f"file://{tmp_path}/a-{{0..1}}.tar"):
+        assert expand_shards(spec) == [f"file://{tmp_path}/a-0.tar", f"file://{tmp_path}/a-1.tar"]
+    assert len(expand_shards(f"file://{tmp_path}/")) == 3
+    assert expand_shards(["s3://bucket/a b?x=1.tar", "s3://bucket/{0..1}/c.tar"]) == [
+        "s3://bucket/0/c.tar",
+        "s3://bucket/1/c.tar",
+        "s3://bucket/a b?x=1.tar",
+    ]
 
 
 def test_expansion_that_gives_nothing(tmp_path):
@@ -292,6 +273,7 @@ def test_expansion_that_gives_nothing(tmp_path):
         (f"{tmp_path}/gone/*.tar", "the folder does not exist"),
         (f"{tmp_path}/*.tar", "holds other files only"),
         (f"{tmp_path}/x-{{0..3.tar", "unbalanced braces"),
+        (f"file://{tmp_path}/*.tar", "no shard matches"),
     ]:
         with pytest.raises(ShardError, match=message) as caught:
             expand_shards(spec)
