@@ -3,7 +3,7 @@
 A tokenizer is a Hugging Face folder, read with `tokenizers` alone.  Control
 tokens (bos, eos, `<image>`, `<|endofchunk|>`, ...) exist as ids only: the
 encoder places them, and their strings inside a document encode as ordinary
-characters, so no web page can forge an image or end a document.  Markup tags
+characters, so no web page can forge an image, a turn or the end of a document.  Markup tags
 (`<ocr>`, `<bbox>`) are part of the text: one token each where the tokenizer
 knows them, several characters where it doesn't (Phi-3).
 """
@@ -27,8 +27,13 @@ END_OF_CHUNK_TOKEN = "<|endofchunk|>"
 # released weights depend on it (salesforce/LAVIS, branch xgen-mm, xgenmm.py).
 VISION_TOKENS = (IMAGE_TOKEN, IMAGE_PLACEHOLDER_TOKEN, END_OF_CHUNK_TOKEN)
 
+# Phi-3's chat format. Models that are only pre-trained do without.
+CHAT_TOKENS = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>", "end": "<|end|>"}
+
 # Markup of BLIP-3's OCR captions (arXiv 2408.08872, figure 4).
 OCR_TAGS = ("<ocr>", "</ocr>", "<bbox>", "</bbox>")
+# and of its grounding captions, beside <bbox>.
+OBJECT_TAGS = ("<object>", "</object>")
 
 
 class Tokenizer:
@@ -37,10 +42,12 @@ class Tokenizer:
     Attributes:
         pad_id, eos_id, image_id, end_of_chunk_id: ids of special tokens.
         bos_id: id of the token that opens a document, None if there is none.
+        chat_ids: ids of CHAT_TOKENS under the same keys, empty if one of them is missing.
         vocab_size: number of ids, added tokens included.
 
     Raises:
-        ConfigError: the folder can't be read or lacks a token that megablip needs.
+        ConfigError: the folder can't be read, lacks a token that megablip needs,
+            or lets text spell a control token.
     """
 
     def __init__(self, path: str | Path):
@@ -62,6 +69,8 @@ class Tokenizer:
         self.pad_id = self._id(PAD_TOKEN)
         self.image_id = self._id(IMAGE_TOKEN)
         self.end_of_chunk_id = self._id(END_OF_CHUNK_TOKEN)
+        chat_ids = {role: self._id(token, required=False) for role, token in CHAT_TOKENS.items()}
+        self.chat_ids = {} if None in chat_ids.values() else chat_ids
         self.vocab_size = self._tokenizer.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
@@ -85,5 +94,11 @@ class Tokenizer:
                 f"the tokenizer has no {content or 'eos_token'}",
                 where=str(self._path),
                 remedy=f"add {PAD_TOKEN}, then {', '.join(VISION_TOKENS)} in this order, as special tokens",
+            )
+        if number is not None and number in self.encode(content):
+            raise ConfigError(
+                f"text that holds '{content}' would become the control token",
+                where=str(self._path),
+                remedy='set "special": true for it in tokenizer.json',
             )
         return number

@@ -8,9 +8,10 @@ from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, normalizers
 
 from megablip.errors import ConfigError
-from megablip.tokens import VISION_TOKENS, Tokenizer
+from megablip.tokens import CHAT_TOKENS, VISION_TOKENS, Tokenizer
 
 CONTROL = ["<unk>", "<s>", "</s>", "<|user|>", "<pad>", *VISION_TOKENS]
+CHAT = [token for token in CHAT_TOKENS.values() if token != "<|user|>"]
 
 
 def write_tokenizer(folder, control=CONTROL, **names):
@@ -54,6 +55,25 @@ def test_no_text_becomes_a_control_token(tokenizer, text):
     assert not control & set(ids)
     assert max(ids, default=0) < tokenizer.image_id - 2
     assert tokenizer.decode(ids) == text
+
+
+def test_chat_ids_are_all_or_none(tokenizer, tmp_path):
+    assert tokenizer.chat_ids == {}  # it has <|user|> alone
+    chat = Tokenizer(write_tokenizer(tmp_path, control=CONTROL + CHAT))
+    assert list(chat.chat_ids) == ["system", "user", "assistant", "end"]
+    assert len(set(chat.chat_ids.values())) == 4
+    assert not set(chat.chat_ids.values()) & set(chat.encode("".join(CHAT_TOKENS.values())))
+
+
+@pytest.mark.parametrize("forged", ["<image>", "<|end|>"])
+def test_a_control_token_that_text_can_spell_is_refused(tmp_path, forged):
+    path = write_tokenizer(tmp_path, control=CONTROL + CHAT) / "tokenizer.json"
+    content = json.loads(path.read_text())
+    for token in content["added_tokens"]:
+        token["special"] = token["content"] != forged
+    path.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="would become the control token"):
+        Tokenizer(tmp_path)
 
 
 def test_a_pickled_tokenizer_is_as_strict(tokenizer):

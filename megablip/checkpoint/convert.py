@@ -90,7 +90,8 @@ def init_model(output: Path, *, tower: Path, tokenizer: Path, model: Path, seed:
     Args:
         tower: folder of a transformers vision model.
         tokenizer: folder of a tokenizer that has the added tokens.
-        model: YAML with `decoder` (a transformers config), `sampler` and `grids`.
+        model: YAML with `decoder` (a transformers config), `sampler`, `grids` and,
+            if it is not `released`, `grid_rule`.
         seed: of the random weights.
     """
     from transformers import AutoConfig, AutoModel, AutoTokenizer
@@ -115,6 +116,7 @@ def init_model(output: Path, *, tower: Path, tokenizer: Path, model: Path, seed:
             vision_config=AutoConfig.from_pretrained(tower),
             sampler=settings["sampler"],
             grids=settings["grids"],
+            grid_rule=settings["grid_rule"],
             image_token_id=tokens.image_id,
             pad_token_id=tokens.pad_id,
         )
@@ -138,8 +140,9 @@ def _read_settings(path: Path) -> dict[str, Any]:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"the file is no YAML: {error}", where=str(path)) from None
-    kinds = {"decoder": dict, "sampler": dict, "grids": list}
-    if not isinstance(settings, dict) or {key: type(value) for key, value in settings.items()} != kinds:
+    kinds = {"grid_rule": str, "decoder": dict, "sampler": dict, "grids": list}
+    settings = {"grid_rule": "released"} | settings if isinstance(settings, dict) else {}
+    if {key: type(value) for key, value in settings.items()} != kinds:
         raise ConfigError("the file needs the mappings decoder and sampler and the list grids", where=str(path))
     return settings
 

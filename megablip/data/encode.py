@@ -6,14 +6,24 @@ Each visual token has an `<image>` id of its own, so lengths and positions are
 explicit.  A chunk is an image (or several in a row) and the text that follows;
 `<|endofchunk|>` ends it, as in OpenFlamingo, and a model that writes captions
 learns there to stop.
+
+A document whose texts have roles is a conversation, in Phi-3's format:
+
+    bos  <|user|> \\n  <image> * n  question  <|end|> \\n  <|assistant|> \\n  answer  <|end|> \\n
+
+Here the model learns to stop at `<|end|>`, and there is neither `<|endofchunk|>`
+nor eos.  Ids and labels are made together, turn by turn, and each text is
+tokenized alone, so no token is half trained on.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from megablip.data.images import choose_grid, image_size, make_tiles
-from megablip.errors import SampleError
+from megablip.errors import ConfigError, PackingError, SampleError
 from megablip.records import (
     IGNORE_LABEL,
     DecodedDocument,
@@ -23,103 +33,227 @@ from megablip.records import (
     Text,
     VisualLayout,
 )
-from megablip.tokens import Tokenizer
+from megablip.tokens import CHAT_TOKENS, Tokenizer
 
 
 class Encoder:
     """Documents to ids, for one tokenizer folder and one visual layout.
 
+    Args:
+        dct_scaling: see images.make_tiles.
+
     Raises:
         ConfigError: the tokenizer can't be read or lacks a special token.
     """
 
-    def __init__(self, tokenizer_path: str, layout: VisualLayout):
+    def __init__(self, tokenizer_path: str, layout: VisualLayout, dct_scaling: bool = False):
         self.tokenizer = Tokenizer(tokenizer_path)
         self.layout = layout
+        self._dct_scaling = dct_scaling
+        self._newline = self.tokenizer.encode("\n")
+
+    def require_chat(self) -> None:
+        """Raises ConfigError unless the tokenizer has the tokens of conversations."""
+        if not self.tokenizer.chat_ids:
+            raise ConfigError(
+                "the tokenizer lacks tokens of the chat format, which a source needs",
+                where="data.sources",
+                remedy=f"add {', '.join(CHAT_TOKENS.values())} as special tokens, or leave out the conversations",
+            )
 
     def encode(self, document: Document) -> EncodedDocument:
         """Ids, labels and image positions; of images only the headers are read.
 
-        Trained: text whose segment says so, the `<|endofchunk|>` that closes it,
-        and eos.  (xGen-MM's released code masks `<|endofchunk|>`, with a note
-        that its authors would rather not: few-shot captions stop by it.)
-        Never trained: bos and `<image>`.
+        Trained: text whose segment says so, the `<|endofchunk|>` or `<|end|>` that
+        closes it, and eos.  (xGen-MM's released code masks `<|endofchunk|>`, with a
+        note that its authors would rather not: few-shot captions stop by it.)
+        Never trained: bos, `<image>`, and what opens a turn.
+
+        Segments start where a document may be cut: bos and what opens a turn
+        belong to the segment that follows, all other control tokens to the one
+        before.
 
         Raises:
             SampleError: an image's header can't be read.
+            ConfigError: a conversation, but the tokenizer has no tokens for it.
         """
-        tokenizer, layout = self.tokenizer, self.layout
-        ids: list[int] = []
-        labels: list[int] = []
-        images: list[EncodedImage] = []
-        previous: Text | None = None  # the text that the next image, or the end, would close
+        row = _Row(document)
+        if self.tokenizer.bos_id is not None:
+            row.prefix([self.tokenizer.bos_id])
+        if any(isinstance(segment, Text) and segment.role for segment in document.segments):
+            self._encode_turns(document, row)
+        else:
+            self._encode_chunks(document, row)
+        return row.finish()
 
-        def append(new: list[int], loss: bool) -> None:
-            ids.extend(new)
-            labels.extend(new if loss else [IGNORE_LABEL] * len(new))
-
-        def close_chunk() -> None:
-            if images and previous is not None:
-                append([tokenizer.end_of_chunk_id], previous.loss)
-
-        if tokenizer.bos_id is not None:
-            append([tokenizer.bos_id], loss=False)
-        for segment in document.segments:
-            if isinstance(segment, Text):
-                append(tokenizer.encode(segment.text), segment.loss)
-                previous = segment
-                continue
-            close_chunk()
-            previous = None
-            grid = self._grid(segment.data, document, len(images))
-            images.append(EncodedImage(segment.data, grid, start=len(ids)))
-            append([tokenizer.image_id] * (layout.tiles(grid) * layout.tokens_per_tile), loss=False)
-        close_chunk()
-        append([tokenizer.eos_id], loss=True)
-        return EncodedDocument(
-            np.array(ids, dtype=np.int32),
-            np.array(labels, dtype=np.int32),
-            tuple(images),
-            document.source,
-            document.key,
-        )
-
-    def decode(self, encoded: EncodedDocument, source_index: int) -> DecodedDocument:
+    def decode(self, encoded: EncodedDocument, source_index: int, out: np.ndarray | None = None) -> DecodedDocument:
         """Cut the document's images into tiles.
+
+        Args:
+            out: uint8[tiles, 3, S, S] to write the tiles to; None makes a new array.
 
         Raises:
             SampleError: an image is broken.
         """
         layout = self.layout
-        # Empty starts give the right shapes to a document without images.
-        tiles = [np.zeros((0, 3, layout.tile_size, layout.tile_size), dtype=np.uint8)]
-        masks = [np.zeros((0, layout.patches_per_tile), dtype=bool)]
-        positions = [np.zeros(0, dtype=np.int32)]
+        if out is None:
+            out = np.empty((encoded.tiles, 3, layout.tile_size, layout.tile_size), np.uint8)
+        patch_mask = np.empty((encoded.tiles, layout.patches_per_tile), bool)
+        positions = np.empty(encoded.tiles * layout.tokens_per_tile, np.int32)
+        first = 0  # tile of the image
         for number, image in enumerate(encoded.images):
+            tiles = slice(first, first + layout.tiles(image.grid))
             try:
-                image_tiles, image_mask = make_tiles(image.data, image.grid, layout)
+                _, patch_mask[tiles] = make_tiles(
+                    image.data, image.grid, layout, out=out[tiles], dct_scaling=self._dct_scaling
+                )
             except SampleError as error:
                 raise _located(error, encoded, number) from None
-            tiles.append(image_tiles)
-            masks.append(image_mask)
-            end = image.start + len(image_tiles) * layout.tokens_per_tile
-            positions.append(np.arange(image.start, end, dtype=np.int32))
+            slots = positions[tiles.start * layout.tokens_per_tile : tiles.stop * layout.tokens_per_tile]
+            slots[:] = np.arange(image.start, image.start + len(slots))
+            first = tiles.stop
         return DecodedDocument(
             input_ids=encoded.input_ids,
             labels=encoded.labels,
-            visual_positions=np.concatenate(positions),
-            tiles=np.concatenate(tiles),
-            patch_mask=np.concatenate(masks),
+            visual_positions=positions,
+            tiles=out,
+            patch_mask=patch_mask,
             grids=np.array([image.grid for image in encoded.images], dtype=np.int32).reshape(-1, 2),
             source=source_index,
             key=encoded.key,
+            preference=encoded.preference,
         )
 
-    def _grid(self, data: bytes, document: Document, number: int) -> tuple[int, int]:
+    def _encode_chunks(self, document: Document, row: _Row) -> None:
+        previous: Text | None = None  # the text that the next image, or the end, would close
+
+        def close_chunk() -> None:
+            if row.images and previous is not None:
+                row.suffix([self.tokenizer.end_of_chunk_id], previous.loss)
+
+        for segment in document.segments:
+            if isinstance(segment, Text):
+                row.segment(self.tokenizer.encode(segment.text), segment.loss)
+                previous = segment
+            else:
+                close_chunk()
+                previous = None
+                self._encode_image(segment.data, row)
+        close_chunk()
+        row.suffix([self.tokenizer.eos_id], loss=True)
+
+    def _encode_turns(self, document: Document, row: _Row) -> None:
+        self.require_chat()
+        chat_ids = self.tokenizer.chat_ids
+        role, trained = "", False  # of the open turn
+
+        def close_turn() -> None:
+            if role:
+                row.suffix([chat_ids["end"]], trained)
+                row.suffix(self._newline, loss=False)
+
+        for segment in document.segments:
+            if isinstance(segment, Text):
+                if segment.role != role:
+                    close_turn()
+                    role, trained = segment.role, False
+                    row.prefix([chat_ids[role], *self._newline])
+                trained = trained or segment.loss
+                row.segment(self.tokenizer.encode(segment.text), segment.loss)
+            else:
+                self._encode_image(segment.data, row)
+        close_turn()
+
+    def _encode_image(self, data: bytes, row: _Row) -> None:
         try:
-            return choose_grid(image_size(data), self.layout.grids, self.layout.tile_size)
+            grid = choose_grid(image_size(data), self.layout)
         except SampleError as error:
-            raise _located(error, document, number) from None
+            raise _located(error, row.document, len(row.images)) from None
+        slots = self.layout.tiles(grid) * self.layout.tokens_per_tile
+        row.segment([self.tokenizer.image_id] * slots, loss=False)
+        row.images.append(EncodedImage(data, grid, start=len(row.ids) - slots))
+
+
+class _Row:
+    """The ids of a document while they are laid down."""
+
+    def __init__(self, document: Document):
+        self.document = document
+        self.ids: list[int] = []
+        self.images: list[EncodedImage] = []
+        self._labels: list[int] = []
+        self._starts: list[int] = []
+        self._prefix = 0  # where what belongs to the next segment begins
+
+    def prefix(self, ids: list[int]) -> None:
+        """Untrained tokens of the next segment."""
+        self.ids += ids
+        self._labels += [IGNORE_LABEL] * len(ids)
+
+    def segment(self, ids: list[int], loss: bool) -> None:
+        """A new segment; nothing where the text is empty."""
+        if ids:
+            self._starts.append(self._prefix)
+            self.suffix(ids, loss)
+
+    def suffix(self, ids: list[int], loss: bool) -> None:
+        """Tokens of the segment before."""
+        self.ids += ids
+        self._labels += ids if loss else [IGNORE_LABEL] * len(ids)
+        self._prefix = len(self.ids)
+
+    def finish(self) -> EncodedDocument:
+        return EncodedDocument(
+            np.array(self.ids, np.int32),
+            np.array(self._labels, np.int32),
+            tuple(self.images),
+            np.array([0, *self._starts[1:]], np.int32),
+            self.document.source,
+            self.document.key,
+            self.document.preference,
+        )
+
+
+def segments_of(encoded: EncodedDocument) -> list[tuple[int, int]]:
+    """(tokens, tiles) of each segment; one with tiles can't be cut."""
+    starts = encoded.segment_starts
+    tiles = np.zeros(len(starts), np.int64)
+    for image in encoded.images:
+        tiles[np.searchsorted(starts, image.start, side="right") - 1] += 1 + image.grid[0] * image.grid[1]
+    return list(zip(np.diff(starts, append=len(encoded.input_ids)).tolist(), tiles.tolist(), strict=True))
+
+
+def cut_piece(encoded: EncodedDocument, start: int, tokens: int) -> EncodedDocument:
+    """The `tokens` tokens from `start` on, as a document.
+
+    Raises:
+        PackingError: the piece is empty, ends past the document, or has a part of a segment with an image.
+    """
+    end, starts = start + tokens, encoded.segment_starts
+    if not 0 <= start < end <= len(encoded.input_ids):
+        raise _wrong_cut(encoded, start, end, f"the document has {len(encoded.input_ids)} tokens")
+    edges = [*starts.tolist(), len(encoded.input_ids)]
+    for image in encoded.images:
+        segment = int(np.searchsorted(starts, image.start, side="right")) - 1
+        if any(edges[segment] < cut < edges[segment + 1] for cut in (start, end)):
+            raise _wrong_cut(encoded, start, end, f"tokens {edges[segment]} to {edges[segment + 1]} are an image")
+    return replace(
+        encoded,
+        input_ids=encoded.input_ids[start:end],
+        labels=encoded.labels[start:end],
+        images=tuple(
+            replace(image, start=image.start - start) for image in encoded.images if start <= image.start < end
+        ),
+        segment_starts=np.array([0, *(starts[(starts > start) & (starts < end)] - start)], np.int32),
+    )
+
+
+def _wrong_cut(encoded: EncodedDocument, start: int, end: int, why: str) -> PackingError:
+    return PackingError(
+        f"a document can't be cut to tokens {start} to {end}: {why}",
+        where=f"source {encoded.source}, key {encoded.key}",
+        remedy="the shard or the tokenizer changed since it was planned: undo that, or start a new run",
+    )
 
 
 def _located(error: SampleError, document: Document | EncodedDocument, image_number: int) -> SampleError:

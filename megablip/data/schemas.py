@@ -1,176 +1,242 @@
-"""From the members of a tar sample to a Document; one function per on-disk schema.
+"""From the members of a tar sample to documents; one function per on-disk schema.
 
-A schema takes `(members, source, key)`, where `members` maps the part of each
-member's name after the first dot to its bytes ("jpg", "json", "0.png"), as
-webdataset groups them.  Nothing after this module knows how a data set is laid
-out.  Samples are untrusted: what doesn't fit is a SampleError.
+    SCHEMAS["caption"](members, source_config, key) -> (document,)
+
+A preference pair is two documents, the chosen one first; every other sample is
+one.  Nothing after this module knows how a data set is laid out.  Samples are
+untrusted: what doesn't fit is a SampleError.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any, Literal
 
+from megablip.config import SourceConfig
+from megablip.data.members import (
+    Members,
+    base64_image,
+    filled,
+    image,
+    image_names,
+    mapping,
+    only_image,
+    read_json,
+    read_text,
+    sequence,
+    string,
+)
+from megablip.data.regions import grounding_caption, ocr_caption
 from megablip.errors import SampleError
 from megablip.records import Document, Image, Text
-from megablip.tokens import OCR_TAGS
+from megablip.tokens import IMAGE_TOKEN
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+Schema = Callable[[Members, SourceConfig, str], tuple[Document, ...]]
+Segments = list[Text | Image]
+Role = Literal["system", "user", "assistant"]
 
-# A page of text is some kB and the longest book some MB; beyond that a sample
-# is broken, and its parse alone could fill a worker's memory.
-MAX_TEXT_BYTES = 16 * 2**20
-# A camera's largest JPEG or a scanned page is tens of MB.
-MAX_IMAGE_BYTES = 64 * 2**20
+# Documents of these schemas are conversations: the tokenizer needs CHAT_TOKENS.
+CHAT_SCHEMAS = frozenset({"conversation", "preference", "safety"})
 
-Members = Mapping[str, bytes]
-Schema = Callable[[Members, str, str], Document]
+MAX_SEGMENTS = 10_000  # texts and images of a document; no sequence holds so many
+MAX_TURNS = 1000
+
+_ROLES: dict[str, Role] = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+}
 
 
-def caption(members: Members, source: str, key: str) -> Document:
+def caption(members: Members, source: SourceConfig) -> Segments:
     """img2dataset's layout: one image, and its caption in `txt` or in `json` under "caption"."""
-    return _document([_only_image(members), Text(_text(members, "caption"))], source, key)
+    return [only_image(members), Text(read_text(members, "caption"))]
 
 
-def text(members: Members, source: str, key: str) -> Document:
+def text(members: Members, source: SourceConfig) -> Segments:
     """Text alone: `txt`, or `json` with "text"."""
-    return _document([Text(_text(members, "text"))], source, key)
+    return [Text(read_text(members, "text"))]
 
 
-def ocr(members: Members, source: str, key: str) -> Document:
-    """One image and the text in it, as BLIP-3's finest OCR captions (arXiv 2408.08872, figure 4).
-
-    `json` is {"text": str} for the text alone, or {"lines": [{"text": str,
-    "bbox": [x1, y1, x2, y2]}, ...]} with boxes as shares of width and height
-    (a line may lack its box).  A line becomes
-    `<ocr>text</ocr><bbox>[x1, y1][x2, y2]</bbox>`.
-    """
-    image, content = _only_image(members), _json(members)
-    lines = content.get("lines", [{"text": content.get("text")}])
-    if not isinstance(lines, list) or not lines:
-        raise SampleError('"lines" is not a list with at least one line')
-    return _document([image, Text("\n".join(_ocr_line(line) for line in lines))], source, key)
+def ocr(members: Members, source: SourceConfig) -> Segments:
+    """One image and the text in it, in the style that `source.granularity` names (regions.ocr_caption)."""
+    return [only_image(members), Text(ocr_caption(read_json(members), source.granularity))]
 
 
-def interleaved(members: Members, source: str, key: str) -> Document:
+def grounding(members: Members, source: SourceConfig) -> Segments:
+    """One image and a caption with places, in the style that `source.granularity` names (regions.grounding_caption)."""
+    return [only_image(members), Text(grounding_caption(read_json(members), source.granularity))]
+
+
+def interleaved(members: Members, source: SourceConfig) -> Segments:
     """Parallel lists `texts` and `images` in `json`: each slot holds one or the other, null elsewhere.
 
-    An image is named by its member, such as "0.png".  A slot with neither (an
-    image that could not be downloaded) is left out.
+    A slot with neither (an image that could not be downloaded) is left out.  An
+    image is one of these:
+
+    - the name of its member, such as "0.png";
+    - its bytes in base64: {"base64": str}, or a `data:` URL;
+    - where it came from, as OBELICS and MINT-1T have it: a URL, or an object with
+      whatever else.  The k-th image of the list, from 0, is then the member
+      `k.jpg` (or another extension), and is left out if there is none.
     """
-    content = _json(members)
+    content = read_json(members)
     texts, images = content.get("texts"), content.get("images")
     if not isinstance(texts, list) or not isinstance(images, list) or len(texts) != len(images):
         raise SampleError('"texts" and "images" are not two lists of the same length')
-    segments: list[Text | Image] = []
-    for slot, (words, name) in enumerate(zip(texts, images, strict=True)):
-        if words is not None and name is not None:
+    sequence(texts, '"texts"', MAX_SEGMENTS)
+    by_stem = {name.rpartition(".")[0]: name for name in image_names(members)}
+    segments: Segments = []
+    number = 0  # of the image among the list's images
+    for slot, (words, entry) in enumerate(zip(texts, images, strict=True)):
+        if words is not None and entry is not None:
             raise SampleError(f"slot {slot} holds both a text and an image")
         if words is not None:
-            segments.append(Text(_string(words, f"texts[{slot}]")))
-        elif name is not None:
-            segments.append(_image(members, _string(name, f"images[{slot}]")))
-    return _document(segments, source, key)
+            segments.append(Text(string(words, f"texts[{slot}]")))
+        elif entry is not None:
+            found = _interleaved_image(members, entry, by_stem.get(str(number)), f"images[{slot}]")
+            segments += [found] if found else []
+            number += 1
+    return segments
 
 
-def _located(schema: Schema) -> Schema:
-    """Let a schema's errors say which sample is wrong."""
+def conversation(members: Members, source: SourceConfig) -> Segments:
+    """Turns in `json` under "conversations" or "conversation", as LLaVA and Mantis have them.
 
-    def convert(members: Members, source: str, key: str) -> Document:
+    A turn is {"from" or "role": str, "value" or "content": str}; the roles are
+    system, human or user, gpt or assistant.  Each `<image>` in a user's text is
+    the next image; where there are fewer of them than images, the first user turn
+    gets the rest at its head, each on a line.  The images are those that "image" or "images" names, if all are members,
+    else all image members by number.  There may be none.
+    """
+    content = read_json(members)
+    turns = [
+        _turn(turn, number)
+        for number, turn in enumerate(
+            sequence(content.get("conversations", content.get("conversation")), '"conversations"', MAX_TURNS)
+        )
+    ]
+    for number, ((role, _), (following, _)) in enumerate(pairwise(turns)):
+        if role == following:
+            raise SampleError(f"turns {number} and {number + 1} are both of the {role}")
+    return _chat(turns, _chat_images(members, content))
+
+
+def preference(members: Members, source: SourceConfig) -> tuple[Segments, Segments]:
+    """A better and a worse answer to one prompt: `json` with "prompt", "chosen" and "rejected"; images as above."""
+    content = read_json(members)
+    prompt, chosen, rejected = (filled(content.get(field), f'"{field}"') for field in ("prompt", "chosen", "rejected"))
+    if chosen == rejected:
+        raise SampleError('"chosen" and "rejected" are the same')
+    images = _chat_images(members, content)
+    return tuple(_chat([("user", prompt), ("assistant", answer)], images) for answer in (chosen, rejected))
+
+
+def safety(members: Members, source: SourceConfig) -> Segments:
+    """VLGuard's layout: an image, and "instr-resp" in `json`.
+
+    A harmful image comes with {"instruction", "response"}; a harmless one with
+    {"safe_instruction", "response"} and {"unsafe_instruction", "response"}.  Both
+    exchanges of a harmless one become one conversation, so that its image is
+    encoded once; a data set that is to train on them apart writes two samples.
+    """
+    content = read_json(members)
+    turns: list[tuple[Role, str]] = []
+    for entry in sequence(content.get("instr-resp"), '"instr-resp"', MAX_TURNS // 2):
+        entry = mapping(entry, "an entry of instr-resp")
+        asked = [entry[name] for name in ("instruction", "safe_instruction", "unsafe_instruction") if name in entry]
+        if len(asked) != 1:
+            raise SampleError(f"an entry of instr-resp has {len(asked)} instructions")
+        turns.append(("user", filled(asked[0], "an instruction")))
+        turns.append(("assistant", filled(entry.get("response"), "a response")))
+    return _chat(turns, [only_image(members)])
+
+
+def _schema(function: Callable[[Members, SourceConfig], Any]) -> Schema:
+    """Make documents of what one of the functions above finds; its errors say which sample is wrong."""
+
+    def convert(members: Members, source: SourceConfig, key: str) -> tuple[Document, ...]:
         try:
-            return schema(members, source, key)
+            found = function(members, source)
+            rows = {"chosen": found[0], "rejected": found[1]} if function is preference else {"": found}
+            return tuple(Document(_checked(row), source.name, key, name) for name, row in rows.items())
         except SampleError as error:
-            raise SampleError(error.what, where=f"source {source}, key {key}", remedy=error.remedy) from None
+            raise SampleError(error.what, where=f"source {source.name}, key {key}", remedy=error.remedy) from None
 
     return convert
 
 
-SCHEMAS: dict[str, Schema] = {schema.__name__: _located(schema) for schema in (caption, interleaved, ocr, text)}
+SCHEMAS: dict[str, Schema] = {
+    function.__name__: _schema(function)
+    for function in (caption, interleaved, ocr, grounding, conversation, text, preference, safety)
+}
 
 
-def _document(segments: list[Text | Image], source: str, key: str) -> Document:
+def _checked(segments: Segments) -> tuple[Text | Image, ...]:
     if not segments:
         raise SampleError("the sample has neither text nor image")
-    return Document(tuple(segments), source, key)
+    if len(segments) > MAX_SEGMENTS:
+        raise SampleError(f"the sample has {len(segments)} segments, the limit is {MAX_SEGMENTS}")
+    return tuple(segments)
 
 
-def _only_image(members: Members) -> Image:
-    names = [name for name in IMAGE_EXTENSIONS if name in members]
-    if len(names) != 1:
-        raise SampleError(f"one image expected ({', '.join(IMAGE_EXTENSIONS)}), members are {sorted(members)[:20]}")
-    return _image(members, names[0])
-
-
-def _image(members: Members, name: str) -> Image:
-    if name not in members:
-        raise SampleError(f"image '{name[:80]}' is not among the members {sorted(members)[:20]}")
-    return Image(_bounded(members, name, MAX_IMAGE_BYTES))
-
-
-def _text(members: Members, field: str) -> str:
-    """The text of the `txt` member, else the named field of the `json` member."""
-    if "txt" in members:
-        try:
-            words = _bounded(members, "txt", MAX_TEXT_BYTES).decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise SampleError(f"txt is not UTF-8: {error}") from None
-    elif "json" in members:
-        words = _string(_json(members).get(field), f'"{field}"')
+def _interleaved_image(members: Members, entry: Any, numbered: str | None, where: str) -> Image | None:
+    """The image that an entry of "images" stands for; `numbered` is the member of its number, if there is one."""
+    if isinstance(entry, dict):
+        if "base64" in entry:
+            return base64_image(string(entry["base64"], f"{where}.base64"), where)
     else:
-        raise SampleError(f"no txt and no json among the members {sorted(members)[:20]}")
-    words = words.strip()
-    if not words:
-        raise SampleError("the text is empty")
-    return words
+        name = string(entry, where)
+        if name in members:
+            return image(members, name)
+        if name.startswith("data:"):
+            return base64_image(name.partition(",")[2], where)
+        if "://" not in name:
+            return image(members, name)  # says that there is no such member
+    return image(members, numbered) if numbered else None
 
 
-def _json(members: Members) -> dict[str, Any]:
-    if "json" not in members:
-        raise SampleError(f"no json among the members {sorted(members)[:20]}")
-    try:
-        content = json.loads(_bounded(members, "json", MAX_TEXT_BYTES))
-    except (ValueError, RecursionError) as error:  # ValueError: syntax, encoding, or an endless number
-        raise SampleError(f"json can't be parsed: {error}") from None
-    if not isinstance(content, dict):
-        raise SampleError(f"json holds a {type(content).__name__}, not an object")
-    return content
+def _turn(turn: Any, number: int) -> tuple[Role, str]:
+    turn = mapping(turn, f"turn {number}")
+    role = _ROLES.get(string(turn.get("from", turn.get("role")), f"the role of turn {number}").lower())
+    if role is None:
+        raise SampleError(f"turn {number} is of none of the roles {', '.join(_ROLES)}")
+    return role, filled(turn.get("value", turn.get("content")), f"turn {number}")
 
 
-def _bounded(members: Members, name: str, limit_bytes: int) -> bytes:
-    if len(members[name]) > limit_bytes:
-        raise SampleError(f"{name} has {len(members[name])} bytes, the limit is {limit_bytes}")
-    return members[name]
+def _chat_images(members: Members, content: dict[str, Any]) -> list[Image]:
+    named = content.get("images", content.get("image"))
+    named = [named] if isinstance(named, str) else named if isinstance(named, list) else []
+    if not named or not all(isinstance(name, str) and name in members for name in named):
+        named = image_names(members)
+    return [image(members, name) for name in named]
 
 
-def _string(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise SampleError(f"{name} is not a string but {type(value).__name__}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
-        raise SampleError(f"{name} is not valid Unicode") from None
-    return value
+def _chat(turns: list[tuple[Role, str]], images: list[Image]) -> Segments:
+    """Segments of a conversation; only the assistant's words are trained on.
 
-
-def _ocr_line(line: Any) -> str:
-    if not isinstance(line, dict):
-        raise SampleError(f"a line is not an object but {type(line).__name__}")
-    words = _string(line.get("text"), "the text of a line").strip()
-    if not words:
-        raise SampleError("the text of a line is empty")
-    if any(tag in words for tag in OCR_TAGS):
-        raise SampleError(f"the text of a line contains one of the tags {' '.join(OCR_TAGS)}")
-    box = line.get("bbox")
-    return f"<ocr>{words}</ocr>" + ("" if box is None else _bbox(box))
-
-
-def _bbox(box: Any) -> str:
-    if not isinstance(box, list) or len(box) != 4 or not all(_is_share(value) for value in box):
-        raise SampleError("a bbox is not [x1, y1, x2, y2] with values from 0 to 1")
-    x1, y1, x2, y2 = (f"{value:.2f}" for value in box)
-    return f"<bbox>[{x1}, {y1}][{x2}, {y2}]</bbox>"
-
-
-def _is_share(value: Any) -> bool:
-    return type(value) in (int, float) and 0 <= value <= 1  # a bool is an int to isinstance; NaN compares false
+    A turn that begins with an image has an empty text first, which says whose turn it is.
+    """
+    asked = [number for number, (role, _) in enumerate(turns) if role == "user"]
+    if not any(role == "assistant" for role, _ in turns):
+        raise SampleError("no turn is the assistant's: there is nothing to train on")
+    if images and not asked:
+        raise SampleError("no turn is the user's: the images have no place")
+    places = sum(turns[number][1].count(IMAGE_TOKEN) for number in asked)
+    if places > len(images):
+        raise SampleError(f"{places} {IMAGE_TOKEN} in the turns, but {len(images)} images in the sample")
+    remaining = iter(images)
+    segments: Segments = []
+    for number, (role, words) in enumerate(turns):
+        if asked[:1] == [number]:
+            words = f"{IMAGE_TOKEN}\n" * (len(images) - places) + words
+        first, *others = words.split(IMAGE_TOKEN) if role == "user" else [words]
+        segments.append(Text(first, loss=role == "assistant", role=role))
+        for piece in others:
+            segments.append(next(remaining))
+            if piece:
+                segments.append(Text(piece, loss=False, role=role))
+    return segments

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import megablip.model.blip3  # noqa: F401 (registers the model with transformers)
+from megablip.config import SourceConfig
 from megablip.data.schemas import SCHEMAS
 from megablip.data.shards import ShardSource, expand_shards
 from megablip.errors import ConfigError, SampleError
@@ -101,14 +102,16 @@ def read_samples(shards: str, limit: int | None) -> Iterator[tuple[str, bytes, s
     Raises:
         SampleError: a sample without an image and a line of text.
     """
-    source = ShardSource("held-out", expand_shards(shards))
+    config = SourceConfig(name="held-out", shards=shards, schema="ocr", weight=1)
+    source = ShardSource(config.name, expand_shards(shards))
     addresses = [(shard, sample) for shard, count in enumerate(source.counts) for sample in range(count)]
     for shard, sample in addresses[:limit]:
         key, members = source.read(shard, sample)
         try:
-            image, text = SCHEMAS["ocr"](members, "held-out", key).segments
+            (document,) = SCHEMAS["ocr"](members, config, key)
         except SampleError as error:
             raise SampleError(error.what, where=f"{source.paths[shard]}, key {key}", remedy=error.remedy) from None
+        image, text = document.segments
         yield key, image.data, re.match(f"{OPEN}(.*?){CLOSE}", text.text, re.DOTALL)[1].strip()
 
 

@@ -51,7 +51,8 @@ class Blip3Config(PreTrainedConfig):
         vision_config: of the tower.
         sampler: sizes of the PerceiverResampler: depth, heads, dim_head, num_latents
             (visual tokens of a tile), ff_mult.
-        grids: (columns, rows) templates of an image's tiles.
+        grids: (columns, rows) templates of an image's tiles; none gives the base tile alone.
+        grid_rule: how an image's template is chosen (data.images.choose_grid).
         tile_layout: `crops` gives the sampler one crop at a time; `released` regroups
             them as released weights need (samplers.regroup_released).
         image_token_id: the id that stands for one visual token.
@@ -68,6 +69,7 @@ class Blip3Config(PreTrainedConfig):
     vision_config: dict | PreTrainedConfig | None = None
     sampler: dict | None = None
     grids: list | tuple = _GRIDS
+    grid_rule: Literal["released", "paper"] = "released"
     tile_layout: Literal["crops", "released"] = "crops"
     image_token_id: int = 32012
     pad_token_id: int | None = 32011
@@ -83,7 +85,12 @@ class Blip3Config(PreTrainedConfig):
     def layout(self) -> VisualLayout:
         """How this model's images become tiles and visual tokens."""
         return layout_from_config(
-            {"vision_config": vars(self.vision_config), "sampler": self.sampler, "grids": self.grids}
+            {
+                "vision_config": vars(self.vision_config),
+                "sampler": self.sampler,
+                "grids": self.grids,
+                "grid_rule": self.grid_rule,
+            }
         )
 
     def check(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megablip.errors import ConfigError
 from megablip.records import VisualLayout
@@ -45,5 +45,18 @@ def layout_from_config(config: Mapping[str, Any]) -> VisualLayout:
         tile_size=int(config["vision_config"]["image_size"]),
         patch_size=int(config["vision_config"]["patch_size"]),
         tokens_per_tile=int(config["sampler"]["num_latents"]),
-        grids=tuple((int(columns), int(rows)) for columns, rows in config["grids"]),
+        grids=tuple(_grid(*grid) for grid in config["grids"]),
+        grid_rule=_grid_rule(config.get("grid_rule", "released")),
     )
+
+
+def _grid(columns: int, rows: int) -> tuple[int, int]:
+    if int(columns) < 1 or int(rows) < 1:
+        raise ValueError(f"grids: ({columns}, {rows}) has no tile")
+    return int(columns), int(rows)
+
+
+def _grid_rule(name: str) -> Literal["released", "paper"]:
+    if name not in ("released", "paper"):
+        raise ValueError(f"grid_rule: '{name}' is neither 'released' nor 'paper'")
+    return name

@@ -33,7 +33,7 @@ class Blip3Processor(ProcessorMixin):
 
     Args:
         tokenizer: a Hugging Face tokenizer with these tokens and `<pad>`.
-        tile_size, patch_size, tokens_per_tile, grids: the model's VisualLayout.
+        tile_size, patch_size, tokens_per_tile, grids, grid_rule: the model's VisualLayout.
     """
 
     def __init__(
@@ -43,16 +43,18 @@ class Blip3Processor(ProcessorMixin):
         patch_size: int = 14,
         tokens_per_tile: int = 128,
         grids: Sequence[Sequence[int]] = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3)),
+        grid_rule: str = "released",
         chat_template: str | None = None,
     ):
         super().__init__(tokenizer, chat_template=chat_template)
         self.tile_size, self.patch_size, self.tokens_per_tile = tile_size, patch_size, tokens_per_tile
         self.grids = [list(grid) for grid in grids]
+        self.grid_rule = grid_rule
 
     @property
     def layout(self) -> VisualLayout:
         grids = tuple((columns, rows) for columns, rows in self.grids)
-        return VisualLayout(self.tile_size, self.patch_size, self.tokens_per_tile, grids)
+        return VisualLayout(self.tile_size, self.patch_size, self.tokens_per_tile, grids, self.grid_rule)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -91,7 +93,7 @@ class Blip3Processor(ProcessorMixin):
         for number, image in enumerate(images):
             data = image if isinstance(image, bytes) else _png(image)
             try:
-                grids.append(choose_grid(image_size(data), layout.grids, layout.tile_size))
+                grids.append(choose_grid(image_size(data), layout))
                 image_tiles, image_mask = make_tiles(data, grids[-1], layout)
             except SampleError as error:
                 raise SampleError(error.what, where=f"image {number} of the batch", remedy=error.remedy) from None

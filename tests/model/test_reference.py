@@ -65,7 +65,7 @@ def images(cases, number, layout):
     """Tiles, crop-wise masks and grids of a case."""
     sizes = FACTS["cases"][number]["sizes_wh"]
     tiles = [cases[f"{number}.{k}.tiles"] for k in range(len(sizes))]
-    grids = [choose_grid(tuple(size), layout.grids, layout.tile_size) for size in sizes]
+    grids = [choose_grid(tuple(size), layout) for size in sizes]
     masks = [torch.from_numpy(patch_mask(tuple(size), grid, layout)) for size, grid in zip(sizes, grids, strict=True)]
     return tiles, masks, grids
 

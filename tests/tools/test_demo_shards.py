@@ -5,6 +5,7 @@ import webdataset
 from rich.progress import Progress
 from typer.testing import CliRunner
 
+from megablip.config import SourceConfig
 from megablip.data.encode import Encoder
 from megablip.data.images import image_size
 from megablip.data.schemas import SCHEMAS
@@ -37,6 +38,11 @@ def samples(folder, split, kind):
         yield sample["__key__"], members
 
 
+def document_of(kind, members, key):
+    (document,) = SCHEMAS[kind](members, SourceConfig(name=kind, shards="", schema=kind, weight=1), key)
+    return document
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_every_sample_is_a_document_that_says_the_truth(folder, split, kind):
@@ -44,7 +50,7 @@ def test_every_sample_is_a_document_that_says_the_truth(folder, split, kind):
     assert len(found) == max(1, round((400 if split == "train" else 8) * KINDS[kind]))
     for key, members in found:
         truth = json.loads(members["json"])["digits"]
-        segments = SCHEMAS[kind](members, kind, key).segments
+        segments = document_of(kind, members, key).segments
         texts = [segment.text for segment in segments if isinstance(segment, Text)]
         assert all(image_size(segment.data) in CANVASES for segment in segments if isinstance(segment, Image))
         if kind == "ocr":
@@ -87,7 +93,7 @@ def test_corpus_and_documents_agree(folder):
         segment.text
         for kind in KINDS
         for key, members in samples(folder, "train", kind)
-        for segment in SCHEMAS[kind](members, kind, key).segments
+        for segment in document_of(kind, members, key).segments
         if isinstance(segment, Text)
     ]
     assert lines == documents
@@ -99,7 +105,7 @@ def test_a_digit_is_a_token_and_ocr_documents_are_short(folder, tmp_path):
     assert len(encoder.tokenizer.encode("3810")) == 4
     lengths = []
     for key, members in samples(folder, "train", "ocr"):
-        lengths.append(len(encoder.encode(SCHEMAS["ocr"](members, "ocr", key)).input_ids))
+        lengths.append(len(encoder.encode(document_of("ocr", members, key)).input_ids))
     assert 36 <= sorted(lengths)[len(lengths) // 2] <= 50
     assert max(lengths) <= 90
 
