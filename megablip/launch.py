@@ -19,6 +19,7 @@ from types import FrameType
 import psutil
 
 from megablip.config import Config, dump_config, identity_changes, load_config
+from megablip.data.samples import index_sources
 from megablip.data.shards import expand_shards
 from megablip.engine.status import EXIT_CODES, RunStatus
 from megablip.engine.topology import has_gpu
@@ -35,6 +36,7 @@ def launch(recipe: Path, overrides: list[str]) -> int:
     """
     config = load_config(recipe, overrides)
     config_path = prepare_run(config)
+    index_sources(config.data)
     status = RunStatus(Path(config.run_dir))
     attempts_before = len(status.attempts)
     return_code, asked_to_stop = _run_ranks(config, config_path)
@@ -82,12 +84,16 @@ def prepare_run(config: Config) -> Path:
             remedy="choose another run_dir, or resume=auto to go on",
         )
     if has_checkpoints and path.exists():
-        changes = identity_changes(load_config(path), config)
+        changes = [
+            change
+            for change in identity_changes(load_config(path), config)
+            if not change.startswith(tuple(config.allow_changes))
+        ]
         if changes:
             raise ConfigError(
                 "the run directory belongs to another recipe; changed:\n    " + "\n    ".join(changes),
                 where=str(run_dir),
-                remedy="choose another run_dir, or undo the changes",
+                remedy="choose another run_dir, or undo the changes; allow_changes=[data.sources] lets sources change",
             )
     try:
         run_dir.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from megablip.checkpoint.commit import CheckpointStore
 from megablip.checkpoint.export import ExportReader, file_hash, load_tower
@@ -29,6 +28,7 @@ from megablip.config import Config, dump_config, load_config
 from megablip.data.loader import Loader, StepBatch, micro_batches_per_step
 from megablip.engine.health import StopSignal
 from megablip.engine.optimizer import learning_rate
+from megablip.engine.progress import Progress
 from megablip.engine.rng import restore_rng, rng_states
 from megablip.engine.status import Outcome, RunStatus
 from megablip.engine.symmetry import StepReport, exchange
@@ -36,6 +36,7 @@ from megablip.engine.topology import Topology, init_distributed
 from megablip.engine.zero import ZeroEngine, complete_ds_config
 from megablip.errors import CheckpointError, MegablipError, RankMismatchError
 from megablip.metrics.board import Board, ProgressLine
+from megablip.metrics.sources import SourceSums
 from megablip.model.attention import select_backend
 from megablip.model.blip3 import Blip3Config, Blip3ForConditionalGeneration
 from megablip.model.vision import encode_tiles
@@ -60,15 +61,6 @@ def main() -> None:
         sys.exit(1)
 
 
-@dataclass
-class Progress:
-    """Where training stands; the global batch's counts, the same on all ranks."""
-
-    step: int = 0
-    tokens: int = 0
-    documents: int = 0
-
-
 def run(config: Config, topology: Topology, status: RunStatus | None, stop: StopSignal) -> None:
     """Build the parts, begin or resume, train, save."""
     run_dir, say = Path(config.run_dir), _speaker(topology)
@@ -86,8 +78,9 @@ def run(config: Config, topology: Topology, status: RunStatus | None, stop: Stop
 
     # The loader's processes read ahead while the engine is built.
     with Loader(
-        config, config.model.path, model_config.layout, topology.rank, topology.world, lane_states, progress.step
-    ) as loader:
+        config, config.model.path, model_config.layout, topology.rank, topology.world, lane_states, progress.step,
+        pin_memory=topology.device.type == "cuda",
+    ) as loader:  # fmt: skip
         dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
         backend = select_backend(topology.device.type, dtype)
         say(f"attention: {backend.name} ({backend.reason})")
@@ -189,6 +182,7 @@ class Trainer:
                 tokens=batch.tokens if batch else 0,
                 documents=batch.documents if batch else 0,
                 valid_labels=batch.valid_labels if batch else 0,
+                samples_done=batch.samples_done if batch else 0,
                 stop=int(bool(self.stop.received)),
                 failed=int(failure is not None),
             ),
@@ -208,37 +202,36 @@ class Trainer:
         micro-batches: ZeRO averages over ranks, hence the factor `world`.
         """
         config, progress, device = self.config, self.progress, self.topology.device
-        lr = learning_rate(config.optimizer, config.duration, step=progress.step, tokens=progress.tokens)
+        lr = learning_rate(
+            config.optimizer, config.duration, step=progress.step, tokens=progress.tokens, epochs=progress.epochs
+        )
         scale = self.topology.world / max(total.valid_labels, 1)
-        sources = len(config.data.sources)
-        sums = torch.zeros(2, sources + 1, dtype=torch.float64, device=device)  # last column: dummies
+        names, loader = [source.name for source in config.data.sources], self.loader
+        sums = SourceSums(names, batch.samples_drawn, loader.quarantine.counts, device)
         for micro_batch in batch.micro_batches:
             micro_batch = micro_batch.to(device)
             features = encode_tiles(self.tower, micro_batch.tiles)
             losses = self.engine(packed=micro_batch, vision_features=features)
             self.engine.backward(losses.loss * scale)
             self.engine.step(lr)
-            sums[0].index_add_(0, micro_batch.source % (sources + 1), losses.document_loss.double())
-            sums[1].index_add_(0, micro_batch.source % (sources + 1), losses.document_labels.double())
-        dist.all_reduce(sums)
+            sums.add(micro_batch, losses)
+        sums.reduce()
+        loader.quarantine.check(sums.bad, loader.samples)
 
         progress.step += 1
         progress.tokens += total.tokens
         progress.documents += total.documents
-        scalars = {
-            "loss": float(sums[0].sum() / sums[1].sum().clamp(min=1)),
+        progress.samples, progress.samples_per_epoch = total.samples_done, sum(loader.samples.values())
+        return sums.scalars(loader.samples) | {
             "grad_norm": self.engine.grad_norm,
             "learning_rate": lr,
             "tokens_seen": progress.tokens,
             "documents_seen": progress.documents,
+            "data_wait_s": batch.data_wait_s,
             "data_wait_share": self.data_wait_share,
             "padding_share": 1 - total.tokens / self.slots_per_step,
             "step_skipped": float(not self.engine.was_step_applied),
         }
-        for number, source in enumerate(config.data.sources):
-            if sums[1, number] > 0:
-                scalars[f"loss_by_source/{source.name}"] = float(sums[0, number] / sums[1, number])
-        return scalars
 
     def save(self, lane_states: dict[int, np.ndarray]) -> None:
         """Commit a checkpoint of this moment (a collective).
@@ -272,7 +265,7 @@ class Trainer:
 
     @property
     def share_done(self) -> float:
-        return self.config.duration.done(steps=self.progress.step, tokens=self.progress.tokens)
+        return self.progress.share_of(self.config.duration)
 
     @property
     def finished(self) -> bool:

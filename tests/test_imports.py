@@ -26,7 +26,27 @@ ORDER = [
     {"evaluate"},
     {"doctor", "launch", "train", "cli"},
 ]
-DATA_ORDER = ["shards", "order", "schemas", "images", "encode", "pack", "collate", "workers", "loader"]
+DATA_ORDER = [
+    "tar",
+    "index",
+    "cache",
+    "shards",
+    "order",
+    "members",
+    "regions",
+    "schemas",
+    "images",
+    "encode",
+    "pack",
+    "split",
+    "lanes",
+    "collate",
+    "samples",
+    "quarantine",
+    "handover",
+    "workers",
+    "loader",
+]
 PROGRAMS = {"launcher", "tools", "tokenization", "tests"}
 MAX_LINES, MAX_LINES_TRAIN = 600, 300
 

@@ -1,59 +1,186 @@
 """The helper processes of a rank: one planner, and workers that decode.
 
-They are plain subprocesses rather than `multiprocessing` ones: those import the
-parent's main module, which is the trainer with torch and DeepSpeed (2 s and
-200 MB for each of them), and forking a rank, which has threads, is unsafe.
+    planner --(which documents)--> decode workers --(packed sequences)--> rank
+
+Sequence j of a rank is decoded by worker j mod workers.  They are plain
+subprocesses rather than `multiprocessing` ones: those import the parent's main
+module, which is the trainer with DeepSpeed (seconds, and hundreds of MB, for
+each of them), and forking a rank, which has threads, is unsafe.
 """
 
 from __future__ import annotations
 
 import faulthandler
+import fcntl
 import itertools
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
+from collections import deque
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import Pipe
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
+from typing import Any, Protocol
 
 import numpy as np
 
 from megablip.config import DataConfig
-from megablip.data.encode import Encoder
-from megablip.data.order import SourceOrder
-from megablip.data.pack import LanePlanner
-from megablip.data.schemas import SCHEMAS
-from megablip.data.shards import ShardSource
-from megablip.errors import MegablipError, PackingError, SampleError
-from megablip.records import (
-    DecodedDocument,
-    EncodedDocument,
-    PackedSequence,
-    PlannedDocument,
-    SampleAddress,
-    Skip,
-    VisualLayout,
-)
+from megablip.data.handover import TileRing
+from megablip.data.samples import SampleReader, Setup, decode, plan
+from megablip.errors import MegablipError
+from megablip.records import PackedSequence, VisualLayout
 
+POLL_S = 1.0  # how often a rank looks whether its helpers live
+CRASH_REPORT_BYTES = 1 << 16
+PIPE_BYTES = 1 << 20  # the most that Linux gives without privileges
+AHEAD_SEQUENCES = 4  # of a decode worker: two keep it busy, the others even out that sequences take unequal time
 _SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}  # meant for the ranks, which decide what to do
 
 
-@dataclass(frozen=True)
-class Setup:
-    """What a helper is told when it starts."""
+class Pipeline(Protocol):
+    """Where a loader gets its sequences from."""
 
-    data: DataConfig
-    lanes: int
-    sequences_per_lane: int
-    seed: int
-    tokenizer_path: str
-    layout: VisualLayout
-    shards: list[list[str]]  # of each source
-    lane_states: dict[int, np.ndarray | None]  # of the lanes to plan, in order
+    def totals(self) -> dict[str, int]:
+        """Samples of each source that is counted, by name; to be asked first."""
+
+    def take(self) -> PackedSequence:
+        """The next sequence; its tiles are valid until `release`."""
+
+    def release(self) -> None:
+        """Give back the tiles of all that was taken."""
+
+    def check(self) -> None:
+        """
+        Raises:
+            MegablipError: what gives the sequences has ended; with its traceback, if it left one.
+        """
+
+    def stop(self) -> None:
+        """End at once; a `take` in another thread fails."""
+
+    def close(self) -> None:
+        """Let go of everything, once nobody takes any more."""
+
+
+class InlinePipeline:
+    """Plans and decodes in the thread that asks: no process, for debugging and small data."""
+
+    def __init__(self, setup: Setup):
+        self._setup = setup
+
+    def totals(self) -> dict[str, int]:
+        self._reader = SampleReader(self._setup)
+        self._planned = plan(self._setup, self._reader)
+        return _totals(self._reader, self._setup.data)
+
+    def take(self) -> PackedSequence:
+        planned, skipped = next(self._planned)
+        tiles = sum(document.tiles for document in planned.documents)
+        out = np.empty((tiles, *_tile_shape(self._setup.layout)), np.uint8)
+        return decode(self._reader, self._setup.layout, planned, skipped, out)
+
+    def release(self) -> None: ...
+
+    def check(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class ProcessPipeline:
+    """A planner process and decode workers.
+
+    Args:
+        setup: what they are to do.
+        workers: number of decode processes.
+        held: sequences that the rank takes before it releases them.
+        rank: for messages.
+    """
+
+    def __init__(self, setup: Setup, workers: int, held: int, rank: int):
+        task_pipes = [_pipe() for _ in range(workers)]
+        # Beyond what the rank may hold of a worker, so that no worker waits for the one whose turn it is.
+        tiles = (-(-held // workers) + AHEAD_SEQUENCES) * setup.data.max_tiles
+        rings = [TileRing.create(tiles, _tile_shape(setup.layout)) for _ in range(workers)]
+        self._planner = _start("planner", f"planner of rank {rank}", setup, [write.fileno() for _, write in task_pipes])
+        setup = replace(setup, lane_states={})  # the planner's alone, and large
+        self._workers = [
+            _start("worker", f"decode worker {number} of rank {rank}", setup, [read.fileno(), *ring.descriptors], ring)
+            for number, ((read, _), ring) in enumerate(zip(task_pipes, rings, strict=True))
+        ]
+        self.helpers = [self._planner, *self._workers]
+        for connection in itertools.chain(*task_pipes):
+            connection.close()  # the helpers have their own; an end is seen only when no one else holds it
+        self._turns = itertools.cycle(self._workers)
+        self._taken: deque[tuple[TileRing, int, int]] = deque()
+
+    def totals(self) -> dict[str, int]:
+        return self._receive(self._planner)
+
+    def take(self) -> PackedSequence:
+        worker = next(self._turns)
+        sequence, start, tiles = self._receive(worker)
+        self._taken.append((worker.ring, start, tiles))
+        return replace(sequence, tiles=worker.ring.view(start, tiles))
+
+    def release(self) -> None:
+        while self._taken:
+            ring, start, tiles = self._taken.popleft()
+            ring.free_to(start, tiles)
+
+    def stop(self) -> None:
+        for helper in self.helpers:  # they hold nothing worth saving
+            helper.process.kill()
+
+    def close(self) -> None:
+        for helper in self.helpers:
+            helper.close()
+
+    def check(self) -> None:
+        if any(helper.process.poll() is not None for helper in self.helpers):
+            raise self._cause()
+
+    def _receive(self, helper: Helper) -> Any:
+        """The helper's next message."""
+        while not wait([helper.output], POLL_S):
+            self.check()
+        try:
+            message = helper.output.recv()
+        except (EOFError, OSError):
+            raise self._cause() from None
+        if isinstance(message, Failure):
+            raise message.error
+        return message
+
+    def _cause(self) -> Exception:
+        """Why helpers ended: the first failure that one reported, else the first that was killed.
+
+        One that ends takes the others with it, as their pipes break; those end quietly.
+        """
+        deadline = time.monotonic() + POLL_S
+        while time.monotonic() < deadline and any(helper.process.poll() is None for helper in self.helpers):
+            time.sleep(0.02)
+        ended = [helper for helper in self.helpers if helper.process.poll() is not None]
+        for helper in ended:
+            if failure := helper.last_words():
+                return failure.error
+        for helper in sorted(ended, key=lambda helper: helper.process.returncode == 0):
+            code = helper.process.returncode
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            report = helper.crash_report()
+            return MegablipError(
+                f"the {helper.name} {how}" + (f":\n{report}" if report else ""),
+                where=f"process {helper.process.pid}",
+                remedy="if memory ran out (see dmesg), lower data.decode_workers or data.prefetch_bytes; "
+                "else see its last lines on stderr",
+            )
+        return MegablipError("a pipe to the loader's helpers broke", remedy="start again")
 
 
 @dataclass(frozen=True)
@@ -69,6 +196,8 @@ class Helper:
     process: subprocess.Popen
     lifeline: Connection  # the helper ends when this is closed, as it is when the rank dies
     output: Connection
+    crash_file: int  # where faulthandler writes the Python stacks when the process crashes in C
+    ring: TileRing | None
 
     def last_words(self) -> Failure | None:
         try:
@@ -80,12 +209,24 @@ class Helper:
             pass
         return None
 
+    def crash_report(self) -> str:
+        return os.pread(self.crash_file, CRASH_REPORT_BYTES, 0).decode(errors="replace").strip()
 
-def start_helper(role: str, name: str, setup: Setup, connections: list[Connection]) -> Helper:
-    """Start a helper that has `connections` beside its lifeline and its output."""
+    def close(self) -> None:
+        self.process.wait()
+        self.lifeline.close()
+        self.output.close()
+        os.close(self.crash_file)
+        if self.ring:
+            self.ring.close()
+
+
+def _start(role: str, name: str, setup: Setup, given: list[int], ring: TileRing | None = None) -> Helper:
+    """Start a helper; it is `given` file descriptors beside its lifeline, its output and its crash file."""
     lifeline_end, lifeline = Pipe(duplex=False)
-    output, output_end = Pipe(duplex=False)
-    descriptors = [connection.fileno() for connection in (lifeline_end, output_end, *connections)]
+    output, output_end = _pipe()
+    crash_file = os.memfd_create("megablip-crash")
+    descriptors = [lifeline_end.fileno(), output_end.fileno(), crash_file, *given]
     threads = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "MKL", "OPENBLAS")}
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # the helper inherits it: no moment is left open
     try:
@@ -102,22 +243,32 @@ def start_helper(role: str, name: str, setup: Setup, connections: list[Connectio
     output_end.close()
     with suppress(BrokenPipeError):  # it ended at once; the rank will notice as it waits for output
         lifeline.send((name, setup))
-    return Helper(name, process, lifeline, output)
+    return Helper(name, process, lifeline, output, crash_file, ring)
+
+
+def _pipe() -> tuple[Connection, Connection]:
+    """(read, write) ends of a pipe that holds several sequences: with the usual 64 kB a helper waits to send one."""
+    read, write = Pipe(duplex=False)
+    with suppress(OSError):  # over the user's limit of pipe memory
+        fcntl.fcntl(write.fileno(), fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+    return read, write
 
 
 def helper_main() -> None:
-    """Entry of a helper process; the command line is role, lifeline, output, further pipes."""
-    faulthandler.enable()
-    role, lifeline_fd, output_fd, *descriptors = sys.argv[1:]
-    lifeline = Connection(int(lifeline_fd), writable=False)
-    output = Connection(int(output_fd), readable=False)
+    """Entry of a helper process; the command line is its role and its file descriptors."""
+    role = sys.argv[1]
+    lifeline_fd, output_fd, crash_file, *given = map(int, sys.argv[2:])
+    faulthandler.enable(file=crash_file)
+    lifeline = Connection(lifeline_fd, writable=False)
+    output = Connection(output_fd, readable=False)
     name, setup = lifeline.recv()
     threading.Thread(target=_end_with_rank, args=(lifeline,), daemon=True).start()
     try:
         if role == "planner":
-            _plan(setup, output, [Connection(int(fd), readable=False) for fd in descriptors])
+            _plan(setup, output, [Connection(descriptor, readable=False) for descriptor in given])
         else:
-            _work(setup, Connection(int(descriptors[0]), writable=False), output)
+            read, *ring = given
+            _work(setup, Connection(read, writable=False), output, TileRing(tuple(ring), _tile_shape(setup.layout)))
     except (EOFError, BrokenPipeError):
         pass  # the process at the other end is gone, and the rank knows why
     except Exception as error:
@@ -141,73 +292,33 @@ def _end_with_rank(lifeline: Connection) -> None:
 
 
 def _plan(setup: Setup, output: Connection, tasks: list[Connection]) -> None:
-    """Planner: send sequences to the workers in turn, each with what was skipped on the way to it."""
-    reader = _SampleReader(setup)
-    output.send({source.name: source.total for source in reader.sources})
-    orders = [SourceOrder(source.name, source.counts, setup.lanes, setup.seed) for source in reader.sources]
-    skipped: list[Skip] = []
-
-    def measure(address: SampleAddress) -> tuple[int, int]:
-        document = reader.encoded(address)
-        return len(document.input_ids), document.tiles
-
-    def on_skip(address: SampleAddress, error: SampleError) -> None:
-        skipped.append(reader.skip(address, error))
-
-    planners = [
-        LanePlanner(lane, setup.data, setup.seed, orders, measure, on_skip, state)
-        for lane, state in setup.lane_states.items()
-    ]
-    workers = itertools.cycle(tasks)
-    while True:
-        for _ in range(setup.sequences_per_lane):  # index-major, then lane
-            for planner in planners:
-                planned = planner.next_sequence()
-                next(workers).send((planned, tuple(skipped)))
-                skipped.clear()
+    """Planner: the totals to the rank, then sequences to the workers in turn."""
+    reader = SampleReader(setup)
+    output.send(_totals(reader, setup.data))
+    for worker, task in zip(itertools.cycle(tasks), plan(setup, reader), strict=False):
+        worker.send(task)
 
 
-def _work(setup: Setup, tasks: Connection, output: Connection) -> None:
-    """Decode worker: turn planned sequences into packed ones."""
-    reader = _SampleReader(setup)
+def _work(setup: Setup, tasks: Connection, output: Connection, ring: TileRing) -> None:
+    """Decode worker: planned sequences to packed ones; their tiles lie in the ring."""
+    reader = SampleReader(setup)
+    nothing = np.zeros((0, *_tile_shape(setup.layout)), np.uint8)
     while True:
         planned, skipped = tasks.recv()
-        documents = []
-        for document in planned.documents:
-            try:
-                documents.append(reader.decoded(document))
-            except SampleError as error:
-                skipped += (reader.skip(document.address, error),)
-        output.send(PackedSequence(planned.lane, planned.index, tuple(documents), skipped, planned.lane_state))
+        start, out = ring.reserve(sum(document.tiles for document in planned.documents))
+        sequence = decode(reader, setup.layout, planned, skipped, out)
+        ring.commit(start, len(sequence.tiles))
+        output.send((replace(sequence, tiles=nothing), start, len(sequence.tiles)))
 
 
-class _SampleReader:
-    """Samples by address, through schema and encoder."""
+def _totals(reader: SampleReader, data: DataConfig) -> dict[str, int]:
+    """Samples of each source that is counted: not of those shuffled by shards, which would all have to be fetched."""
+    return {
+        source.name: source.total
+        for config, source in zip(data.sources, reader.sources, strict=True)
+        if config.order == "samples"
+    }
 
-    def __init__(self, setup: Setup):
-        self.sources = [
-            ShardSource(source.name, shards) for source, shards in zip(setup.data.sources, setup.shards, strict=True)
-        ]
-        self._schemas = [SCHEMAS[source.schema_name] for source in setup.data.sources]
-        self._encoder = Encoder(setup.tokenizer_path, setup.layout)
 
-    def encoded(self, address: SampleAddress) -> EncodedDocument:
-        source = self.sources[address.source]
-        key, members = source.read(address.shard, address.sample)
-        return self._encoder.encode(self._schemas[address.source](members, source.name, key))
-
-    def decoded(self, planned: PlannedDocument) -> DecodedDocument:
-        document = self.encoded(planned.address)
-        if (len(document.input_ids), document.tiles) != (planned.tokens, planned.tiles):
-            raise PackingError(
-                f"planned with {planned.tokens} tokens and {planned.tiles} tiles, "
-                f"but it has {len(document.input_ids)} and {document.tiles}",
-                where=f"source {document.source}, key {document.key}",
-                remedy="the tokenizer, the layout or the shard changed since: undo that, or start a new run",
-            )
-        return self._encoder.decode(document, planned.address.source)
-
-    def skip(self, address: SampleAddress, error: SampleError) -> Skip:
-        source = self.sources[address.source]
-        shard, key, offset = source.where(address.shard, address.sample)
-        return Skip(source.name, shard, key, offset, str(error))
+def _tile_shape(layout: VisualLayout) -> tuple[int, int, int]:
+    return (3, layout.tile_size, layout.tile_size)

@@ -41,17 +41,18 @@ def parameter_groups(
     ]
 
 
-def learning_rate(config: OptimizerConfig, duration: Duration, *, step: int, tokens: int) -> float:
+def learning_rate(config: OptimizerConfig, duration: Duration, *, step: int, tokens: int, epochs: float = 0.0) -> float:
     """Linear warmup times cosine from `lr` to `lr * min_lr_ratio`.
 
     Args:
         step: steps done before this one.
         tokens: tokens trained before this step.
+        epochs: epochs of the data trained before this step.
 
     Source of the shape: Loshchilov & Hutter, "SGDR" (arXiv 1608.03983), without restarts.
     """
     # The first step has done nothing yet; without the + 1 it would be wasted at lr 0.
     warmup = config.warmup.done(steps=step + 1, tokens=tokens + 1) if config.warmup.value else 1.0
-    progress = min(1.0, duration.done(steps=step, tokens=tokens))
+    progress = min(1.0, duration.done(steps=step, tokens=tokens, epochs=epochs))
     cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
     return config.lr * min(1.0, warmup) * (config.min_lr_ratio + (1.0 - config.min_lr_ratio) * cosine)

@@ -25,6 +25,7 @@ class StepReport:
     tokens: int
     documents: int
     valid_labels: int
+    samples_done: int  # since the start of the run, by this rank's lanes
     stop: int  # 1 if this rank was asked to stop
     failed: int  # 1 if this rank could not get its data
 

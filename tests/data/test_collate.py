@@ -2,14 +2,14 @@ import numpy as np
 import pytest
 import torch
 
-from megablip.data.collate import collate
+from megablip.data.collate import TileMemory, collate, lay_out
 from megablip.errors import PackingError
-from megablip.records import DecodedDocument, PackedSequence, VisualLayout
+from megablip.records import DecodedDocument, PlannedSequence, VisualLayout
 
 LAYOUT = VisualLayout(tile_size=16, patch_size=8, tokens_per_tile=3, grids=((1, 1), (2, 1)))
 
 
-def document(key, tokens, grids=(), first_label=7):
+def document(key, tokens, grids=(), first_label=7, preference=""):
     tiles = sum(1 + columns * rows for columns, rows in grids)
     slots = tiles * LAYOUT.tokens_per_tile
     labels = np.arange(tokens, dtype=np.int32)
@@ -23,11 +23,13 @@ def document(key, tokens, grids=(), first_label=7):
         grids=np.array(grids, np.int32).reshape(-1, 2),
         source=1,
         key=key,
+        preference=preference,
     )
 
 
 def sequence(*documents):
-    return PackedSequence(0, 0, documents, (), np.zeros(0, np.int64))
+    tiles = np.concatenate([np.zeros((0, 3, 16, 16), np.uint8), *(document.tiles for document in documents)])
+    return lay_out(PlannedSequence(0, 0, (), np.zeros(0, np.int64)), documents, (), tiles, LAYOUT)
 
 
 def test_collate_lays_documents_end_to_end():
@@ -53,6 +55,20 @@ def test_collate_lays_documents_end_to_end():
     assert list(types.values()) == [torch.int64, torch.int32, torch.int32, torch.uint8, torch.bool]
 
 
+@pytest.mark.parametrize(
+    ("documents", "pair"),
+    [
+        (["a.chosen", "a.rejected"], [0, 0]),
+        (["a.", "b.chosen", "b.rejected", "c.chosen", "c.rejected", "d."], [-1, 0, 0, 1, 1, -1]),
+    ],
+)
+def test_pairs_are_numbered(documents, pair):
+    laid = [document(key, 4, preference=preference) for key, preference in (name.split(".") for name in documents)]
+    batch = collate([sequence(*laid)], LAYOUT)
+    assert batch.pair.tolist() == pair
+    assert batch.pair.dtype == torch.int32
+
+
 @pytest.mark.parametrize("sequences", [[], [sequence()], [sequence(document("a", 4))]])
 def test_a_micro_batch_without_images_has_a_dummy_tile(sequences):
     batch = collate(sequences, LAYOUT)
@@ -63,7 +79,7 @@ def test_a_micro_batch_without_images_has_a_dummy_tile(sequences):
     assert batch.patch_mask.all()
     assert batch.visual_token_index.shape == (0,)
     assert batch.grid.shape == (0, 2)
-    if not any(s.documents for s in sequences):
+    if not any(s.tokens for s in sequences):
         assert batch.input_ids.tolist() == [0]
         assert batch.labels.tolist() == [-100]
         assert batch.source.tolist() == [-1]
@@ -80,5 +96,25 @@ def test_visual_tokens_that_do_not_match_the_tiles_are_an_error():
     ):
         fields = {name: getattr(good, name) for name in DecodedDocument.__slots__} | change
         with pytest.raises(PackingError, match="visual tokens") as caught:
-            collate([sequence(DecodedDocument(**fields))], LAYOUT)
+            sequence(DecodedDocument(**fields))
         assert "k9" in caught.value.where
+
+
+def test_pairs_are_numbered_through_the_micro_batch():
+    def pair(key):
+        return [document(key, 5, preference="chosen"), document(key, 6, preference="rejected")]
+
+    batch = collate([sequence(document("a", 4), *pair("b"), *pair("c")), sequence(), sequence(*pair("d"))], LAYOUT)
+    assert batch.keys == ["a", "b", "b", "c", "c", "d", "d"]
+    assert batch.pair.tolist() == [-1, 0, 0, 1, 1, 2, 2]
+
+
+def test_tile_memory_is_used_again_once_its_tensor_and_all_views_are_gone():
+    memory = TileMemory()
+    first = memory.empty(2, 16)
+    place, view = first.data_ptr(), first[1]
+    del first
+    second = memory.empty(2, 16)
+    assert second.data_ptr() != place
+    del view
+    assert memory.empty(2, 16).data_ptr() == place

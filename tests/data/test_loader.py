@@ -1,3 +1,4 @@
+import gzip
 import io
 import json
 import os
@@ -14,7 +15,7 @@ from PIL import Image
 
 from megablip.config import parse_config
 from megablip.data.loader import Loader, micro_batches_per_step, owned_lanes
-from megablip.errors import CheckpointError, MegablipError, SampleError, ShardError
+from megablip.errors import CheckpointError, MegablipError, ShardError
 from megablip.records import VisualLayout
 from tests.data.builders import write_tar
 from tokenization.train import train_tokenizer
@@ -31,9 +32,9 @@ def jpeg(number):
 
 def caption(number):
     data = jpeg(number)
-    if number % 23 == 5:
+    if number % 11 == 5:
         data = b"no image at all"  # fails in the planner, at the header
-    elif number % 23 == 7:
+    elif number % 11 == 7:
         data = data[: len(data) // 2]  # fails in the decode worker, in the pixels
     return {"__key__": b"c%03d" % number, "jpg": data, "txt": b"picture %d" % number}
 
@@ -141,7 +142,7 @@ def test_lanes_of_ranks():
             assert [list(owned_lanes(lanes, rank, world)) for rank in range(world)] == expected
 
 
-@pytest.mark.parametrize(("world", "workers"), [(2, 2), (3, 1)])
+@pytest.mark.parametrize(("world", "workers"), [(1, 0), (2, 2), (3, 0), (4, 0), (1, 3)])
 def test_the_global_batch_does_not_depend_on_ranks_and_workers(data, tmp_path, reference, world, workers):
     expected = global_batches([reference[0]], 4, 2)
     ranks = take(6, data, tmp_path, world, data__decode_workers=workers)
@@ -154,6 +155,9 @@ def test_the_global_batch_does_not_depend_on_ranks_and_workers(data, tmp_path, r
         assert merged == states[step]
         assert sum(rank[step].valid_labels for rank in ranks) == reference[0][step].valid_labels
         assert sum(rank[step].tokens for rank in ranks) == reference[0][step].tokens
+        assert sum(rank[step].samples_done for rank in ranks) == reference[0][step].samples_done
+        drawn = sum(rank[step].samples_drawn for rank in ranks)
+        assert drawn.tolist() == reference[0][step].samples_drawn.tolist()
         assert len({len(rank[step].micro_batches) for rank in ranks}) == 1
 
 
@@ -165,15 +169,36 @@ def test_micro_batches_hold_the_same_sequences_in_the_same_order(data, tmp_path,
         assert list(a) == list(b)
 
 
-@pytest.mark.parametrize(("step", "world"), [(1, 1), (5, 2)])
-def test_resuming_gives_the_same_batches(data, tmp_path, reference, step, world):
+@pytest.mark.parametrize(("step", "world", "workers"), [(1, 1, 2), (5, 2, 1)])
+def test_resuming_gives_the_same_batches(data, tmp_path, reference, step, world, workers):
     expected = global_batches([reference[0]], 4, 2)[step:]
     states = reference[0][step - 1].lane_states
-    ranks = take(6 - step, data, tmp_path, world, states, step)
+    ranks = take(6 - step, data, tmp_path, world, states, step, data__decode_workers=workers)
     assert global_batches(ranks, 4, 2) == expected
     assert [batch.step for batch in ranks[0]] == list(range(step, 6))
     skipped = [{skip for rank in ranks for skip in rank[number].skipped} for number in range(6 - step)]
     assert skipped == [set(batch.skipped) for batch in reference[0][step:]]
+
+
+def test_resuming_anywhere_at_any_world_size(data, tmp_path):
+    """Sources small enough for several epochs, bad samples, and documents that are cut over sequences."""
+    books = [{"__key__": b"b%02d" % n, "txt": b"some words " * (3 + n * n)} for n in range(9)]
+    write_tar(tmp_path / "books.tar", books)
+    sources = config_of(data, tmp_path).model_dump(by_alias=True)["data"]["sources"]
+    sources += [
+        {"name": "books", "shards": str(tmp_path / "books.tar"), "schema": "text", "weight": 1, "split": "text"}
+    ]
+    changes = {"data__sources": sources, "data__decode_workers": 0, "data__prefetch_bytes": 0, "batch": {"lanes": 8}}
+    steps, rng = 24, np.random.default_rng(0)
+    [straight] = take(steps, data, tmp_path, **changes)
+    expected = global_batches([straight], 8, 1)
+    assert straight[-1].samples_drawn.min() > 2 * 9  # the books are in their third epoch
+    for step in rng.choice(np.arange(1, steps), 20, replace=False).tolist():
+        world = int(rng.choice([1, 2, 3, 4, 8]))
+        ranks = take(1, data, tmp_path, world, straight[step - 1].lane_states, step, **changes)
+        assert global_batches(ranks, 8, 1) == expected[step : step + 1], f"step {step} on {world} ranks"
+        skipped = {skip for rank in ranks for skip in rank[0].skipped}
+        assert skipped == set(straight[step].skipped)
 
 
 def test_bad_samples_are_skipped_and_written_once_delivered(reference):
@@ -181,28 +206,14 @@ def test_bad_samples_are_skipped_and_written_once_delivered(reference):
     lines = [json.loads(line) for line in (run_dir / "quarantine.jsonl").read_text().splitlines()]
     skips = [(batch.step, skip.key, skip.error) for batch in batches for skip in batch.skipped]
     assert [(line["step"], line["key"], line["error"]) for line in lines] == skips
-    numbers = {int(line["key"][1:]) % 23 for line in lines}
+    numbers = {int(line["key"][1:]) % 11 for line in lines}
     assert numbers == {5, 7}  # at the header, and in the pixels
     for line in lines:
         with open(line["shard"], "rb") as shard:
             shard.seek(line["offset"])
             assert shard.read(3) in (b"no ", b"\xff\xd8\xff")
     used = {key for batch in batches for micro_batch in batch.micro_batches for key in micro_batch.keys}
-    assert not any(key.startswith("c") and int(key[1:]) % 23 in (5, 7) for key in used)
-
-
-def test_too_many_bad_samples_stop_the_run(tmp_path, data):
-    samples = [caption(5 if n % 2 else 1) | {"__key__": b"%d" % n} for n in range(300)]
-    write_tar(tmp_path / "bad.tar", samples)
-    source = {"name": "bad", "shards": str(tmp_path / "bad.tar"), "schema": "caption", "weight": 1}
-    with (
-        loader_of(data, tmp_path / "run", data__sources=[source]) as loader,
-        pytest.raises(SampleError, match="more than the 32 allowed") as caught,
-    ):
-        drain(loader)
-    assert str(tmp_path / "run/quarantine.jsonl") in caught.value.remedy
-    assert "key" in caught.value.what
-    assert len((tmp_path / "run/quarantine.jsonl").read_text().splitlines()) >= 33
+    assert not any(key.startswith("c") and int(key[1:]) % 11 in (5, 7) for key in used)
 
 
 def test_bad_shards(tmp_path, data):
@@ -210,13 +221,31 @@ def test_bad_shards(tmp_path, data):
     source = {"name": "s", "shards": str(tmp_path / "empty"), "schema": "text", "weight": 1}
     with pytest.raises(ShardError, match="folder is empty"):
         loader_of(data, tmp_path, data__sources=[source])
-    shard = write_tar(tmp_path / "cut.tar", [{"txt": b"x" * 3000}] * 5)
-    os.truncate(shard, 5000)
+    shard = tmp_path / "packed.tar"
+    shard.write_bytes(gzip.compress(write_tar(tmp_path / "plain.tar", [{"txt": b"words"}]).read_bytes()))
     with (
         loader_of(data, tmp_path, data__sources=[source | {"shards": str(shard)}]) as loader,
-        pytest.raises(ShardError, match="truncated"),
+        pytest.raises(ShardError, match="compressed"),
     ):
         next(loader)
+
+
+def test_damage_of_a_shard_is_told_once_an_epoch_and_what_is_whole_arrives(data, tmp_path):
+    shard = write_tar(tmp_path / "cut.tar", [{"txt": b"words %d" % n} for n in range(40)])
+    raw = bytearray(shard.read_bytes())
+    raw[1024 * 10 : 1024 * 10 + 512] = b"?" * 512  # the header of sample 10
+    shard.write_bytes(raw[: 1024 * 30 + 515])  # in the data of sample 30
+    source = {"name": "s", "shards": str(shard), "schema": "text", "weight": 1}
+    keys, skipped = [], []
+    with loader_of(data, tmp_path, data__sources=[source], duration="2 epochs", data__decode_workers=0) as loader:
+        while len(keys) < 2 * 29:
+            batch = next(loader)
+            keys += [key for micro_batch in batch.micro_batches for key in micro_batch.keys if key]
+            skipped += batch.skipped
+    assert sorted(keys) == sorted([f"{n:06d}" for n in range(30) if n != 10] * 2)
+    assert sorted(skip.offset for skip in skipped) == [1024 * 10] * 2 + [1024 * 30] * 2
+    assert {skip.shard for skip in skipped} == {str(shard)}
+    assert any("the file ends inside a member" in skip.error for skip in skipped)
 
 
 def test_states_that_do_not_fit(data, tmp_path, reference):
@@ -233,7 +262,7 @@ def test_states_that_do_not_fit(data, tmp_path, reference):
 def test_a_helper_that_is_killed_is_reported(data, tmp_path, which):
     with loader_of(data, tmp_path, data__decode_workers=2) as loader:
         next(loader)
-        helper = loader._planner if which == "planner" else loader._workers[1]
+        helper = next(helper for helper in loader._pipeline.helpers if which in helper.name)
         os.kill(helper.process.pid, signal.SIGKILL)
         began = time.monotonic()
         with pytest.raises(MegablipError, match=f"{which}.* of rank 0 was killed by SIGKILL"):
@@ -247,24 +276,33 @@ def test_an_error_of_a_worker_reaches_the_rank(data, tmp_path):
     with loader_of(data, tmp_path, data__sources=[source], data__decode_workers=2) as loader:
         next(loader)
         os.truncate(shard, 2000)
-        with pytest.raises(ShardError, match="ends early"):
+        with pytest.raises(ShardError, match="the shard and its index disagree"):
             drain(loader)
 
 
 def test_an_unexpected_error_carries_its_traceback(data, tmp_path):
-    impossible = VisualLayout(tile_size=16, patch_size=8, tokens_per_tile=3, grids=())
+    impossible = VisualLayout(tile_size=16, patch_size=8, tokens_per_tile=3, grids=((0, 1),))
     config = config_of(data, tmp_path)
     with (
         Loader(config, str(data / "tokenizer"), impossible, 0, 1, None) as loader,
-        pytest.raises(MegablipError, match=r"(?s)planner of rank 0 failed.*Traceback.*choose_grid"),
+        pytest.raises(MegablipError, match=r"(?s)rank 0 failed.*Traceback.*make_tiles"),
     ):
         next(loader)
+
+
+def test_a_crash_in_c_is_reported_with_the_python_stack(data, tmp_path):
+    with loader_of(data, tmp_path) as loader:
+        next(loader)
+        planner = loader._pipeline.helpers[0]
+        os.kill(planner.process.pid, signal.SIGSEGV)
+        with pytest.raises(MegablipError, match=r"(?s)planner of rank 0 was killed by SIGSEGV.*workers.py.*_plan"):
+            drain(loader)
 
 
 def test_helpers_ignore_the_signals_of_the_rank(data, tmp_path, reference):
     with loader_of(data, tmp_path) as loader:
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # at once: no moment is left open
-            for helper in loader._helpers:
+            for helper in loader._pipeline.helpers:
                 os.kill(helper.process.pid, signum)
         batch = next(loader)
     assert global_batches([[batch]], 4, 2) == global_batches([reference[0][:1]], 4, 2)
@@ -277,7 +315,7 @@ from pathlib import Path
 from tests.data.test_loader import loader_of
 loader = loader_of(Path({str(data)!r}), Path({str(tmp_path)!r}))
 next(loader)
-print(*(helper.process.pid for helper in loader._helpers), flush=True)
+print(*(helper.process.pid for helper in loader._pipeline.helpers), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -297,15 +335,29 @@ def _runs(pid):
         return False
 
 
-def test_prefetch_is_bounded_and_closing_is_quick(data, tmp_path):
-    loader = loader_of(data, tmp_path, data__prefetch_steps=2)
-    next(loader)
-    time.sleep(0.5)
-    assert len(loader._ready) == 2
-    began = time.monotonic()
+@pytest.mark.parametrize(("steps", "expected"), [(0, 1), (0.5, 1), (2.5, 2), (1000, 8)])
+def test_prefetch_is_bounded_in_bytes_and_steps_and_never_less_than_one(data, tmp_path, reference, steps, expected):
+    batch = reference[0][1]
+    images = {"sources": [{"name": "t", "shards": f"{data}/text", "schema": "text", "weight": 1}]}
+    config = {f"data__{name}": value for name, value in images.items()}
+    loader = loader_of(data, tmp_path, **config)
+    size = next(loader).bytes
     loader.close()
-    assert time.monotonic() - began < 2
-    assert all(helper.process.returncode is not None for helper in loader._helpers)
+    assert size >= batch.tokens * 8
+    with loader_of(data, tmp_path, data__prefetch_bytes=int(size * steps), **config) as loader:
+        next(loader)
+        deadline = time.monotonic() + 20
+        while len(loader._ready) < expected and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.5)
+        assert len(loader._ready) == expected
+
+
+def test_closing_ends_the_helpers(data, tmp_path):
+    loader = loader_of(data, tmp_path)
+    next(loader)
+    loader.close()
+    assert all(helper.process.returncode is not None for helper in loader._pipeline.helpers)
     with pytest.raises(StopIteration):
         next(loader)
 
@@ -313,3 +365,66 @@ def test_prefetch_is_bounded_and_closing_is_quick(data, tmp_path):
 def test_counts_of_micro_batches_agree_on_all_ranks(tmp_path):
     config = config_of(tmp_path, tmp_path, batch={"lanes": 5, "sequences_per_lane": 2, "micro_batch_sequences": 3})
     assert [micro_batches_per_step(config, world) for world in (1, 2, 3, 5)] == [4, 2, 2, 1]
+
+
+def numbered(folder, count, shards):
+    """`count` texts that name themselves, in shards of uneven size."""
+    ends = np.sort(np.random.default_rng(0).choice(np.arange(1, count), shards - 1, replace=False)).tolist()
+    for shard, (start, end) in enumerate(zip([0, *ends], [*ends, count], strict=True)):
+        rows = [{"__key__": b"n%05d" % n, "txt": b"words " * (1 + n % 7)} for n in range(start, end)]
+        write_tar(folder / f"{shard:03d}.tar", rows)
+    return {"name": "numbered", "shards": str(folder), "schema": "text", "weight": 1}
+
+
+def run_stage(data, run_dir, plan, epochs, **changes):
+    """Keys of all trained documents of an epoch-counted stage.
+
+    `plan` gives for each attempt (world, workers, steps it may make); what was
+    prefetched beyond them is lost, as when a run is killed.  The last attempt
+    goes on until the data is used up.
+    """
+    changes["duration"] = f"{epochs} epochs"
+    states, step, keys = None, 0, []
+    for world, workers, steps in plan:
+        with ExitStack() as stack:
+            ranks = [
+                stack.enter_context(
+                    loader_of(data, run_dir, rank, world, states, step, data__decode_workers=workers, **changes)
+                )
+                for rank in range(world)
+            ]
+            for _ in range(steps) if steps is not None else iter(int, 1):
+                batches = [next(rank) for rank in ranks]
+                step, states = step + 1, {}
+                for batch in batches:
+                    states |= batch.lane_states
+                    keys += [key for micro in batch.micro_batches for key in micro.keys if key]
+                if sum(batch.samples_done for batch in batches) == epochs * sum(ranks[0].samples.values()):
+                    return keys
+    raise AssertionError("the stage did not end")
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        [(1, 0, None)],
+        [(2, 1, 1), (3, 0, 2), (8, 0, 1), (1, 3, 1), (7, 0, 2), (4, 0, None)],
+    ],
+)
+def test_a_stage_counted_in_epochs_trains_every_sample_once(data, tmp_path, plan):
+    source = numbered(tmp_path / "numbered", 1000, 7)
+    batch = {"lanes": 8, "sequences_per_lane": 2}
+    keys = run_stage(data, tmp_path / "run", plan, 2, data__sources=[source], batch=batch)
+    assert sorted(keys) == sorted([f"n{number:05d}" for number in range(1000)] * 2)
+
+
+@pytest.mark.slow  # two minutes
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 7, 8])
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_a_large_stage_counted_in_epochs(data, tmp_path, world, workers):
+    source = numbered(tmp_path / "numbered", 10_007, 37)
+    batch = {"lanes": 64, "sequences_per_lane": 1, "micro_batch_sequences": 8}
+    cuts = np.random.default_rng(world * 10 + workers).integers(1, 4, 5).tolist()
+    plan = [*((world, workers, steps) for steps in cuts), (world, workers, None)]
+    keys = run_stage(data, tmp_path / "run", plan, 1, data__sources=[source], batch=batch)
+    assert sorted(keys) == [f"n{number:05d}" for number in range(10_007)]

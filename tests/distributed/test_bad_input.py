@@ -10,18 +10,34 @@ from tests.data.builders import write_tar
 from tests.distributed import runs
 
 
-def test_a_truncated_shard_ends_the_run_and_is_named(work):
+def test_a_truncated_shard_is_listed_and_what_is_whole_is_trained(work):
     cut = work / "cut"
     shutil.copytree(work / "data", cut)
     shard = cut / "caption-1.tar"
     shard.write_bytes(shard.read_bytes()[:20_000])
     for index in cut.glob("*.idx"):
         index.unlink()
-    recipe = runs.make_recipe(work, run_dir=str(work / "cut-run"))
-    done = runs.train(recipe, f"data.sources.0.shards={cut}/caption-*.tar", check=1)
-    assert "caption-1.tar" in done.stderr
-    assert "truncated" in done.stderr
+    recipe = runs.make_recipe(work, run_dir=str(work / "cut-run"), duration="1 epochs")
+    runs.train(recipe, f"data.sources.0.shards={cut}/caption-*.tar")
+    [line] = [json.loads(line) for line in (work / "cut-run" / "quarantine.jsonl").read_text().splitlines()]
+    assert line["shard"] == str(shard)
+    assert "the file ends inside a member" in line["error"]
+    [*_, last] = read_metrics(work / "cut-run")
+    assert 100 < last["documents_seen"] < 120, "all but some of one shard's twenty"
+
+
+def test_too_many_bad_samples_stop_all_ranks_with_the_list(work):
+    rows = [{"__key__": b"%d" % n, "png": b"no image", "txt": b"red far"} for n in range(90)]
+    write_tar(work / "bad" / "bad.tar", rows)
+    run_dir = work / "bad-run"
+    recipe = runs.make_recipe(work, run_dir=str(run_dir), duration="60 steps")
+    shards = json.dumps([str(work / "data" / "caption-*.tar"), str(work / "bad" / "bad.tar")])
+    done = runs.train(recipe, f"data.sources.0.shards={shards}", check=1)
+    assert "bad samples, more than the 32 allowed" in done.stderr
+    assert f"{work}/bad/bad.tar, key" in done.stderr
     assert "Traceback" not in done.stderr
+    lines = (run_dir / "quarantine.jsonl").read_text().splitlines()
+    assert len({json.loads(line)["key"] for line in lines}) > 32
 
 
 def test_a_broken_image_is_skipped_and_listed(work):

@@ -12,7 +12,7 @@ from megablip.engine.symmetry import StepReport, exchange
 from megablip.engine.topology import Topology
 from megablip.errors import RankMismatchError
 
-MINE = StepReport(step=5, micro_batches=2, tokens=100, documents=7, valid_labels=60, stop=0, failed=0)
+MINE = StepReport(step=5, micro_batches=2, tokens=100, documents=7, valid_labels=60, samples_done=50, stop=0, failed=0)
 
 
 def exchanged(monkeypatch, mine, *others):
@@ -32,7 +32,7 @@ def exchanged(monkeypatch, mine, *others):
 
 def test_counts_are_summed_and_the_step_is_not(monkeypatch):
     other = replace(MINE, tokens=11, documents=1, valid_labels=0, stop=1)
-    assert exchanged(monkeypatch, MINE, other, MINE) == StepReport(5, 2, 211, 15, 120, 1, 0)
+    assert exchanged(monkeypatch, MINE, other, MINE) == StepReport(5, 2, 211, 15, 120, 150, 1, 0)
 
 
 def test_large_counts_are_exact(monkeypatch):
@@ -49,6 +49,6 @@ def test_ranks_that_differ_are_named(monkeypatch, field):
     assert "rank 0, step 5" in caught.value.where
 
 
-@pytest.mark.parametrize("field", ["tokens", "documents", "valid_labels", "stop", "failed"])
+@pytest.mark.parametrize("field", ["tokens", "documents", "valid_labels", "samples_done", "stop", "failed"])
 def test_other_fields_may_differ(monkeypatch, field):
     assert getattr(exchanged(monkeypatch, MINE, replace(MINE, **{field: 1})), field) == getattr(MINE, field) + 1

@@ -1,10 +1,13 @@
 import importlib
 import json
+import sys
 
+import numpy as np
 import pytest
 import torch
 
 from tools.bench import __main__ as command
+from tools.bench import rivals
 from tools.bench.core import Rival, Row, median_seconds, run
 
 FAST = Row("fast", 4.0, "ms", "lower", goal=2.0, rival=Rival("other", 10.0))
@@ -98,6 +101,45 @@ def test_an_unknown_bench_is_refused(capsys):
 @pytest.mark.parametrize("name", command.BENCHES)
 def test_every_bench_has_rows(name):
     assert callable(importlib.import_module(f"tools.bench.{name}").rows)
+
+
+def test_the_packing_bench_packs_all_but_what_waits_at_the_end():
+    packing = importlib.import_module("tools.bench.packing")
+    documents = packing.documents_of("captions")[:1000]
+    ours, flushed = packing.pack_all(documents), packing.flush_all(documents)
+    assert {document for sequence in flushed for document in sequence} == set(documents)
+    packed = [document for sequence in ours for document in sequence]
+    assert len(set(packed)) == len(packed) >= 1000 - packing.BUFFER
+    for sequence in (*ours, *flushed):
+        assert sum(document.tokens for document in sequence) <= packing.SEQUENCE_LENGTH
+    assert packing.fill_of(flushed) < packing.fill_of(ours) <= 1
+
+
+def test_imbalance_is_the_largest_of_a_step_over_the_mean():
+    packing = importlib.import_module("tools.bench.packing")
+    tiles = np.full((packing.RANKS, 4), 10)
+    assert packing.imbalance(tiles, 1) == 1
+    tiles[0, 0] = 90  # the mean of that step is 20
+    assert packing.imbalance(tiles, 1) == (4.5 + 3) / 4
+    assert packing.imbalance(tiles, 4) == 120 / 50
+
+
+def test_a_rivals_environment_is_made_once(tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(rivals, "CACHE", tmp_path)
+    monkeypatch.setattr(
+        rivals, "call", lambda command: commands.append(command) or (tmp_path / "it").mkdir(exist_ok=True)
+    )
+    for _ in range(2):
+        assert rivals.venv("it", ["first==1", "second"]) == tmp_path / "it/bin/python"
+    assert [command[-1] for command in commands] == [str(tmp_path / "it"), "first==1", "second"]
+    rivals.venv("it", ["second"])
+    assert len(commands) == 5
+
+
+def test_a_rival_that_fails_says_why():
+    with pytest.raises(RuntimeError, match=r"(?s)ended with 3.*no such thing"):
+        rivals.call([sys.executable, "-c", "import sys; print('no such thing', file=sys.stderr); sys.exit(3)"])
 
 
 def test_the_step_bench_would_notice_documents_that_see_each_other():

@@ -16,7 +16,10 @@ from tools.bench.core import Row, run
 BENCHES = {
     "step": "forward and backward of a packed micro-batch, beside transformers' own packed attention",
     "cli": "time until help and until the error of a recipe",
-    "planner": "planning sequences: documents a second, and how full the sequences are",
+    "reader": "reading samples out of shards, beside webdataset and tarfile",
+    "packing": "packing documents: how full sequences are, how even their tiles, how fast",
+    "order": "the order of a billion samples: time and memory, even coverage, a lane's state",
+    "loader": "decoding, and images a second from shards to micro-batches, beside webdataset and Megatron-Energon",
 }
 
 

@@ -18,9 +18,9 @@ import yaml
 from torch import Tensor
 from transformers import AutoConfig
 
-from megablip.data.collate import collate
+from megablip.data.collate import collate, lay_out
 from megablip.model.blip3 import Blip3Config, Blip3ForConditionalGeneration
-from megablip.records import IGNORE_LABEL, DecodedDocument, MicroBatch, PackedSequence, VisualLayout
+from megablip.records import IGNORE_LABEL, DecodedDocument, MicroBatch, PlannedSequence, VisualLayout
 from tools.bench.core import Rival, Row, median_seconds
 from tools.tower import CONFIG as TOWER
 
@@ -86,7 +86,9 @@ def make_batch(layout: VisualLayout) -> MicroBatch:
             key=str(number),
         )
         documents.append(document)
-    return collate([PackedSequence(0, 0, tuple(documents), (), np.zeros(0))], layout)
+    planned = PlannedSequence(0, 0, (), np.zeros(0, np.int64))
+    pixels = np.concatenate([document.tiles for document in documents])
+    return collate([lay_out(planned, documents, (), pixels, layout)], layout)
 
 
 def step(model: Blip3ForConditionalGeneration, loss: Tensor) -> Tensor:

@@ -1,0 +1,212 @@
+"""Samples by address: read, converted, encoded; what planning and decoding share."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.progress import Progress
+
+from megablip.config import DataConfig, SourceConfig
+from megablip.data.cache import ShardCache, is_url
+from megablip.data.collate import lay_out
+from megablip.data.encode import Encoder, cut_piece, segments_of
+from megablip.data.index import count_samples
+from megablip.data.lanes import LanePlanner
+from megablip.data.order import ShardOrder, SourceOrder
+from megablip.data.schemas import CHAT_SCHEMAS, SCHEMAS
+from megablip.data.shards import ShardSource, expand_shards
+from megablip.errors import PackingError, SampleError
+from megablip.records import (
+    DecodedDocument,
+    EncodedDocument,
+    PackedSequence,
+    PlannedDocument,
+    PlannedSequence,
+    SampleAddress,
+    Skip,
+    VisualLayout,
+)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What planning and decoding need to know of a run."""
+
+    data: DataConfig
+    lanes: int
+    sequences_per_lane: int
+    seed: int
+    epochs: int | None  # of a stage that is counted in them
+    allow_source_changes: bool
+    tokenizer_path: str
+    layout: VisualLayout
+    shards: list[list[str]]  # of each source
+    lane_states: dict[int, np.ndarray | None]  # of the lanes to plan, in order
+
+
+def open_sources(data: DataConfig, shards: list[list[str]]) -> list[ShardSource]:
+    """The sources of a recipe; remote shards go through the node's cache."""
+    folder = data.cache_dir or Path(tempfile.gettempdir()) / f"megablip-shards-{os.getuid()}"
+    cache = ShardCache(folder, data.cache_bytes)
+    return [ShardSource(source.name, paths, cache=cache) for source, paths in zip(data.sources, shards, strict=True)]
+
+
+def index_sources(data: DataConfig) -> None:
+    """Index the local shards that have no index yet, so that no rank has to: finds those that can't be used.
+
+    Raises:
+        ShardError: a source without shards, or one with a shard that can't be used.
+    """
+    with Progress(transient=True) as progress:
+        for source in data.sources:
+            paths = [path for path in expand_shards(source.shards) if not is_url(path)]
+            if source.order == "samples":
+                count_samples(paths, len(os.sched_getaffinity(0)), progress)
+
+
+class SampleReader:
+    """Samples by address, through schema and encoder."""
+
+    def __init__(self, setup: Setup):
+        self.sources = open_sources(setup.data, setup.shards)
+        self._configs = setup.data.sources
+        self._encoder = Encoder(setup.tokenizer_path, setup.layout, dct_scaling=setup.data.dct_scaling)
+        if any(config.schema_name in CHAT_SCHEMAS for config in self._configs):
+            self._encoder.require_chat()
+
+    def encoded(self, address: SampleAddress) -> list[EncodedDocument]:
+        """The sample's one document, or the two of a preference pair.
+
+        Raises:
+            SampleError: it can't be used.
+        """
+        config: SourceConfig = self._configs[address.source]
+        key, members = self.sources[address.source].read(address.shard, address.sample)
+        return [self._encoder.encode(document) for document in SCHEMAS[config.schema_name](members, config, key)]
+
+    def measure(self, address: SampleAddress) -> tuple[int, int]:
+        """(tokens, tiles) of a sample, from its text and the headers of its images."""
+        documents = self.encoded(address)
+        return sum(len(document.input_ids) for document in documents), sum(document.tiles for document in documents)
+
+    def segments(self, address: SampleAddress) -> list[tuple[int, int]]:
+        """(tokens, tiles) of each part that a long document may be cut into; none for a preference pair."""
+        documents = self.encoded(address)
+        return segments_of(documents[0]) if len(documents) == 1 else []
+
+    def decoded(self, planned: PlannedDocument, out: np.ndarray) -> list[DecodedDocument]:
+        """The planned documents, their tiles written to the front of `out`.
+
+        Raises:
+            SampleError: an image is broken.
+            PackingError: the sample is not what was planned.
+        """
+        documents = self.encoded(planned.address)
+        total = sum(len(document.input_ids) for document in documents)
+        end = planned.start + planned.tokens
+        fits = total == end if planned.last else total > end
+        if fits and (planned.start or not planned.last):
+            documents = [cut_piece(documents[0], planned.start, planned.tokens)]
+        if not fits or sum(document.tiles for document in documents) != planned.tiles:
+            raise PackingError(
+                f"planned with {planned.tiles} tiles and to end at token {end}, "
+                f"but it has {sum(document.tiles for document in documents)} tiles and {total} tokens",
+                where=f"source {documents[0].source}, key {documents[0].key}",
+                remedy="the tokenizer, the layout or the shard changed since: undo that, or start a new run",
+            )
+        decoded, tile = [], 0
+        for document in documents:
+            decoded.append(self._encoder.decode(document, planned.address.source, out[tile : tile + document.tiles]))
+            tile += document.tiles
+        return decoded
+
+    def skip(self, address: SampleAddress, error: SampleError) -> Skip:
+        """The quarantine's record of a sample that could not be used."""
+        source = self.sources[address.source]
+        shard, key, offset = source.where(address.shard, address.sample)
+        return Skip(source.name, shard, key, offset, str(error))
+
+    def damage_after(self, address: SampleAddress) -> list[Skip]:
+        """The quarantine's records of what is damaged between a sample and the next one of its shard.
+
+        Told with that sample, a damaged place is told once an epoch, at a step that no number of ranks changes.
+        """
+        source, shard, sample = self.sources[address.source], address.shard, address.sample
+        damages = source.damage(shard)
+        if not damages:
+            return []
+        path, _, start = source.where(shard, sample)
+        start = start if sample else 0
+        end = source.where(shard, sample + 1)[2] if sample + 1 < source.count(shard) else math.inf
+        return [
+            Skip(source.name, path, "", damage.offset, f"the shard is damaged: {damage}")
+            for damage in damages
+            if start <= damage.offset < end
+        ]
+
+
+def plan(setup: Setup, reader: SampleReader) -> Iterator[tuple[PlannedSequence, tuple[Skip, ...]]]:
+    """The sequences of the lanes, index-major and without end, each with what was skipped on the way to it."""
+    skipped: list[Skip] = []
+
+    def on_skip(address: SampleAddress, error: SampleError) -> None:
+        skipped.append(reader.skip(address, error))
+
+    class Measure:
+        """Also tells of damage beside the samples that it measures."""
+
+        segments = staticmethod(reader.segments)
+
+        def __call__(self, address: SampleAddress) -> tuple[int, int]:
+            skipped.extend(reader.damage_after(address))
+            return reader.measure(address)
+
+    orders = [_order(setup, config, source) for config, source in zip(setup.data.sources, reader.sources, strict=True)]
+    planners = [
+        LanePlanner(
+            lane, setup.data, setup.seed, setup.sequences_per_lane, orders, Measure(), on_skip, state,
+            epochs=setup.epochs, allow_source_changes=setup.allow_source_changes,
+        )
+        for lane, state in setup.lane_states.items()
+    ]  # fmt: skip
+    for planner in planners:
+        if planner.lane == 0 and planner.source_changes:  # the same for all lanes
+            print("sources changed: " + "; ".join(planner.source_changes), flush=True)
+    while True:
+        for _ in range(setup.sequences_per_lane):
+            for planner in planners:
+                planned = planner.next_sequence()
+                yield planned, tuple(skipped)
+                skipped.clear()
+
+
+def _order(setup: Setup, config: SourceConfig, source: ShardSource) -> SourceOrder | ShardOrder:
+    if config.order == "shards":
+        return ShardOrder(source.name, len(source.paths), source.count, setup.lanes, setup.seed)
+    return SourceOrder(source.name, source.counts, setup.lanes, setup.seed)
+
+
+def decode(
+    reader: SampleReader, layout: VisualLayout, planned: PlannedSequence, skipped: tuple[Skip, ...], out: np.ndarray
+) -> PackedSequence:
+    """Turn a planned sequence into a packed one.
+
+    Args:
+        out: uint8[at least the planned tiles, 3, S, S]; the sequence's tiles are its front.
+    """
+    documents: list[DecodedDocument] = []
+    tile = 0
+    for piece in planned.documents:
+        try:
+            documents += reader.decoded(piece, out[tile : tile + piece.tiles])
+        except SampleError as error:
+            skipped += (reader.skip(piece.address, error),)
+        else:
+            tile += piece.tiles
+    return lay_out(planned, documents, skipped, out[:tile], layout)
