@@ -14,7 +14,7 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -156,18 +156,35 @@ class BatchConfig(Section):
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Rate = Annotated[float, Field(gt=0)]
+Part = Literal["tower", "sampler", "decoder"]
+PARTS: tuple[Part, ...] = get_args(Part)
 
 
 class OptimizerConfig(Section):
-    lr: float = Field(gt=0)
+    lr: Rate
+    """Peak learning rate of all parts that `lr_by_part` does not name."""
+    lr_by_part: dict[Part, Rate] = {}
+    """Peak learning rates of their own, for example `{sampler: 1e-4, tower: 1e-5}`; all follow one schedule."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     """Applied to matrices only, not to norms, biases, embeddings or latents."""
     clip_norm: float = Field(1.0, gt=0)
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """What follows the warmup, up to the end of the duration; wsd stays at the peak until `decay` is left."""
     warmup: Duration = Duration(value=0, unit="steps")
+    """The rate rises linearly over this many steps or tokens."""
+    decay: Duration | None = None
+    """Of wsd: the last part of the duration, in its unit, in which the rate falls linearly."""
     min_lr_ratio: float = Field(0.1, ge=0, le=1)
-    """The cosine ends at this share of the peak."""
+    """cosine, linear and wsd end at this share of the peak."""
+
+    @model_validator(mode="after")
+    def _decay_belongs_to_wsd(self) -> OptimizerConfig:
+        if (self.schedule == "wsd") != (self.decay is not None):
+            raise ValueError("decay is the length of wsd's decay: give both or neither")
+        return self
 
 
 class ModelConfig(Section):
@@ -235,6 +252,13 @@ class Config(Section):
                     )
                 if isinstance(source.weight, list):
                     raise ValueError(f"data.sources: {source.name} has a schedule of weights; count steps or tokens")
+        return self
+
+    @model_validator(mode="after")
+    def _decay_fits_the_duration(self) -> Config:
+        decay = self.optimizer.decay
+        if decay and (decay.unit != self.duration.unit or decay.value > self.duration.value):
+            raise ValueError(f"optimizer.decay ({decay}) is no part of the duration ({self.duration})")
         return self
 
     @model_validator(mode="after")

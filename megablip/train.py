@@ -27,9 +27,9 @@ from megablip.checkpoint.slices import SliceReader, write_slices
 from megablip.config import Config, dump_config, load_config
 from megablip.data.loader import Loader, StepBatch, micro_batches_per_step
 from megablip.engine.health import StopSignal
-from megablip.engine.optimizer import learning_rate
 from megablip.engine.progress import Progress
 from megablip.engine.rng import restore_rng, rng_states
+from megablip.engine.schedule import learning_rates
 from megablip.engine.status import Outcome, RunStatus
 from megablip.engine.symmetry import StepReport, exchange
 from megablip.engine.topology import Topology, init_distributed
@@ -202,9 +202,10 @@ class Trainer:
         micro-batches: ZeRO averages over ranks, hence the factor `world`.
         """
         config, progress, device = self.config, self.progress, self.topology.device
-        lr = learning_rate(
-            config.optimizer, config.duration, step=progress.step, tokens=progress.tokens, epochs=progress.epochs
-        )
+        rates = learning_rates(
+            config.optimizer, config.duration,
+            step=progress.step, tokens=progress.tokens, epochs=progress.epochs, step_tokens=total.tokens,
+        )  # fmt: skip
         scale = self.topology.world / max(total.valid_labels, 1)
         names, loader = [source.name for source in config.data.sources], self.loader
         sums = SourceSums(names, batch.samples_drawn, loader.quarantine.counts, device)
@@ -213,7 +214,7 @@ class Trainer:
             features = encode_tiles(self.tower, micro_batch.tiles)
             losses = self.engine(packed=micro_batch, vision_features=features)
             self.engine.backward(losses.loss * scale)
-            self.engine.step(lr)
+            self.engine.step(rates)
             sums.add(micro_batch, losses)
         sums.reduce()
         loader.quarantine.check(sums.bad, loader.samples)
@@ -224,7 +225,8 @@ class Trainer:
         progress.samples, progress.samples_per_epoch = total.samples_done, sum(loader.samples.values())
         return sums.scalars(loader.samples) | {
             "grad_norm": self.engine.grad_norm,
-            "learning_rate": lr,
+            "learning_rate": rates["decoder"],
+            **{f"learning_rate_by_part/{part}": rates[part] for part in config.optimizer.lr_by_part},
             "tokens_seen": progress.tokens,
             "documents_seen": progress.documents,
             "data_wait_s": batch.data_wait_s,

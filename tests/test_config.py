@@ -229,6 +229,12 @@ def test_share_done_counts_the_unit_of_the_duration():
     [
         ({"duration": "1.5 epochs"}, "whole epochs"),
         ({"optimizer__warmup": "1 epoch"}, "warmup is counted in steps or tokens"),
+        ({"optimizer__schedule": "wsd"}, "give both or neither"),
+        ({"optimizer__decay": "5 steps"}, "give both or neither"),
+        ({"optimizer__schedule": "wsd", "optimizer__decay": "5k tokens"}, "no part of the duration"),
+        ({"optimizer__schedule": "wsd", "optimizer__decay": "101 steps"}, "no part of the duration"),
+        ({"optimizer__lr_by_part": {"head": 0.1}}, "lr_by_part"),
+        ({"optimizer__lr_by_part": {"tower": 0}}, "lr_by_part.tower"),
         ({"duration": "1 epoch", "data__sources__0__order": "shards"}, "shuffled by shards"),
         ({"duration": "1 epoch", "data__sources__0__weight": [[0, 1], [5, 2]]}, "schedule of weights"),
         ({"data__sources__0__weight": [[1, 1.0]]}, "begin with 0 and rise"),
@@ -295,6 +301,8 @@ IDENTITY = {
     "batch__lanes": 8,
     "batch__sequences_per_lane": 2,
     "optimizer__lr": 0.1,
+    "optimizer__lr_by_part": {"sampler": 0.1},
+    "optimizer__schedule": "linear",
     "optimizer__warmup": "5 steps",
     "optimizer__betas": [0.8, 0.9],
     "optimizer__eps": 1e-6,
@@ -319,15 +327,21 @@ def test_an_identity_field_may_not(key, value):
     assert changes[0].startswith(key.replace("__", ".") + ": ")
 
 
+def test_the_length_of_a_decay_may_not_change():
+    wsd = {"optimizer__schedule": "wsd", "optimizer__decay": "5 steps"}
+    other = changed(**wsd | {"optimizer__decay": "6 steps"})
+    assert identity_changes(changed(**wsd), other) == ["optimizer.decay: 5 steps -> 6 steps"]
+
+
 def test_every_field_is_in_one_of_these_lists():
     """So that whoever adds a field decides whether a resumed run may change it."""
-    listed = {key.replace("__", ".") for key in OPERATIONAL | IDENTITY}
+    listed = {key.replace("__", ".") for key in OPERATIONAL | IDENTITY} | {"optimizer.decay"}
     dumped = yaml.safe_load(dump_config(changed()))
     assert {re.sub(r"\.[01]\.", ".*.", key) for key in listed} | {"stage"} == set(flat_keys(dumped))
 
 
 def flat_keys(node, prefix=""):
-    if isinstance(node, dict) and set(node) != {"value", "unit"}:
+    if isinstance(node, dict) and node and set(node) != {"value", "unit"}:
         return [name for key, child in node.items() for name in flat_keys(child, f"{prefix}.{key}")]
     if isinstance(node, list) and node and isinstance(node[0], dict):
         return [name for child in node for name in flat_keys(child, f"{prefix}.*")]

@@ -1,58 +1,52 @@
-"""Parameter groups and the learning rate: pure functions of the recipe.
+"""Parameter groups: which part of the model a parameter belongs to, and whether it decays.
 
-megablip owns both.  They are written into the optimizer each step, so no
-checkpoint and no DeepSpeed scheduler can bring back an old value.
+megablip owns learning rates and decay.  They are written into the groups each
+step, so no checkpoint and no DeepSpeed scheduler can bring back an old value.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
-from megablip.config import Duration, OptimizerConfig
+from megablip.config import OptimizerConfig, Part
 
 # Embedding tables and latents are looked up or added, not multiplied with
 # activations; decaying them shrinks rare rows without a gradient to answer.
 _NO_DECAY_NAMES = ("embed", "latents")
+# But the convolution that embeds patches is a matrix like any other.
+_DECAY_NAMES = ("patch_embedding.weight",)
 
 
 def decays(name: str, shape: tuple[int, ...]) -> bool:
     """Whether weight decay applies: to matrices, not to norms, biases, embeddings, latents."""
+    if name.endswith(_DECAY_NAMES):
+        return True
     return len(shape) >= 2 and not any(word in name for word in _NO_DECAY_NAMES)
+
+
+def part_of(name: str) -> Part:
+    """The part of the model that a parameter belongs to, by its name; what is neither tower nor sampler is decoder."""
+    prefix = name.partition(".")[0]
+    return {"vision_tower": "tower", "sampler": "sampler"}.get(prefix, "decoder")
 
 
 def parameter_groups(
     named: Iterable[tuple[str, Any, tuple[int, ...]]], config: OptimizerConfig
 ) -> list[dict[str, Any]]:
-    """Two groups, with and without weight decay.
+    """Groups of one part each, with or without weight decay; those without a parameter are left out.
 
     Args:
         named: (name, parameter, full shape) of each trainable parameter; the
             full shape is given apart because a partitioned parameter hides it.
+
+    Returns:
+        Groups for a torch optimizer, with the key `part` beside torch's own.
     """
-    groups: dict[bool, list[Any]] = {True: [], False: []}
+    groups: dict[tuple[Part, bool], list[Any]] = {}
     for name, parameter, shape in named:
-        groups[decays(name, shape)].append(parameter)
+        groups.setdefault((part_of(name), decays(name, shape)), []).append(parameter)
     return [
-        {"params": parameters, "weight_decay": config.weight_decay if decay else 0.0}
-        for decay, parameters in groups.items()
-        if parameters
+        {"params": parameters, "part": part, "weight_decay": config.weight_decay if decay else 0.0}
+        for (part, decay), parameters in groups.items()
     ]
-
-
-def learning_rate(config: OptimizerConfig, duration: Duration, *, step: int, tokens: int, epochs: float = 0.0) -> float:
-    """Linear warmup times cosine from `lr` to `lr * min_lr_ratio`.
-
-    Args:
-        step: steps done before this one.
-        tokens: tokens trained before this step.
-        epochs: epochs of the data trained before this step.
-
-    Source of the shape: Loshchilov & Hutter, "SGDR" (arXiv 1608.03983), without restarts.
-    """
-    # The first step has done nothing yet; without the + 1 it would be wasted at lr 0.
-    warmup = config.warmup.done(steps=step + 1, tokens=tokens + 1) if config.warmup.value else 1.0
-    progress = min(1.0, duration.done(steps=step, tokens=tokens, epochs=epochs))
-    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
-    return config.lr * min(1.0, warmup) * (config.min_lr_ratio + (1.0 - config.min_lr_ratio) * cosine)

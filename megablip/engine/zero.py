@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -27,7 +27,7 @@ from deepspeed.utils import (
 from torch import nn
 from transformers.initialization import no_init_weights
 
-from megablip.config import EngineConfig, OptimizerConfig
+from megablip.config import EngineConfig, OptimizerConfig, Part
 from megablip.engine.optimizer import parameter_groups
 from megablip.engine.topology import Topology
 from megablip.errors import ConfigError
@@ -117,10 +117,10 @@ class ZeroEngine:
         """Add the gradient of `loss`, averaged over ranks, undivided by the micro-batches."""
         self._engine.backward(loss, scale_wrt_gas=False)
 
-    def step(self, learning_rate: float) -> None:
-        """Ends a micro-batch; after the last one of a step, clips and updates."""
+    def step(self, learning_rates: Mapping[Part, float]) -> None:
+        """Ends a micro-batch; after the last one of a step, clips and updates, each part with its rate."""
         for group in self._zero.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rates[group["part"]]
         boundary = self._engine.is_gradient_accumulation_boundary()
         self._engine.step()
         if boundary:

@@ -12,7 +12,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3Config, Phi3RotaryEmbeddi
 
 from megablip.checkpoint.commit import CheckpointStore
 from megablip.checkpoint.slices import SliceReader, write_slices
-from megablip.config import EngineConfig, OptimizerConfig
+from megablip.config import PARTS, EngineConfig, OptimizerConfig
 from megablip.engine.topology import Topology
 from megablip.engine.zero import ZeroEngine, complete_ds_config
 
@@ -52,7 +52,7 @@ def train_steps(engine: ZeroEngine, precision: str, first: int, steps: int, use_
     for step in range(first, first + steps):
         x = torch.randn(6, 7, generator=torch.Generator().manual_seed(step))
         engine.backward(engine(x.to(dtype), use_spare=use_spare))
-        engine.step(0.01)
+        engine.step(dict.fromkeys(PARTS, 0.01))
 
 
 def digest(engine: ZeroEngine, topology: Topology) -> dict[str, list[Any]]:
