@@ -31,7 +31,7 @@ from megablip.engine.progress import Progress
 from megablip.engine.rng import restore_rng, rng_states
 from megablip.engine.schedule import learning_rates
 from megablip.engine.status import Outcome, RunStatus
-from megablip.engine.symmetry import StepReport, exchange
+from megablip.engine.symmetry import StepReport, StepReports, calls_signature, exchange
 from megablip.engine.topology import Topology, init_distributed
 from megablip.engine.zero import ZeroEngine, complete_ds_config
 from megablip.errors import CheckpointError, MegablipError, RankMismatchError
@@ -143,7 +143,8 @@ class Trainer:
         stop_at = self.config.stop_after_steps or math.inf
         while not self.finished and self.progress.step < stop_at:
             step_began = time.perf_counter()
-            batch, total = self.fetch()
+            batch, reports = self.fetch()
+            total = reports.total
             if total.stop:
                 self.say(f"asked to stop at step {self.progress.step}; saving")
                 break
@@ -163,7 +164,7 @@ class Trainer:
             self.save(lane_states)
         return "finished" if self.finished else "stopped"
 
-    def fetch(self) -> tuple[StepBatch, StepReport]:
+    def fetch(self) -> tuple[StepBatch, StepReports]:
         """This rank's share of the next global batch, and what all ranks know of it.
 
         A rank that fails to get its share still takes part in the exchange, so
@@ -175,14 +176,16 @@ class Trainer:
         except MegablipError as error:
             failure = error
         self.data_wait_s += time.perf_counter() - began
-        total = exchange(
+        reports = exchange(
             StepReport(
                 step=self.progress.step,
                 micro_batches=self.engine.micro_batches,
+                calls=calls_signature(batch.micro_batches) if batch else 0,
                 tokens=batch.tokens if batch else 0,
                 documents=batch.documents if batch else 0,
                 valid_labels=batch.valid_labels if batch else 0,
                 samples_done=batch.samples_done if batch else 0,
+                tiles=sum(len(micro_batch.tiles) for micro_batch in batch.micro_batches) if batch else 0,
                 stop=int(bool(self.stop.received)),
                 failed=int(failure is not None),
             ),
@@ -190,9 +193,10 @@ class Trainer:
         )
         if failure:
             raise failure
-        if total.failed:
-            raise RankMismatchError("another rank could not get its data; its message says why")
-        return batch, total
+        if reports.total.failed:
+            ranks = [rank for rank, failed in enumerate(reports.of("failed")) if failed]
+            raise RankMismatchError("another rank could not get its data; its message says why", where=f"ranks {ranks}")
+        return batch, reports
 
     def step(self, batch: StepBatch, total: StepReport) -> dict[str, float]:
         """One optimizer step on the global batch; the scalars to log.

@@ -1,44 +1,82 @@
 """What ranks tell each other before each step.
 
 A rank that is about to make other collective calls than the rest would hang
-them all; comparing a small signature first turns that into an error that
-names the rank.
+them all; comparing a small report first turns that into an error that names
+the rank.  Whatever else ranks must agree on at a step edge travels with it,
+so that a step needs one control collective and no more.
 """
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import astuple, dataclass, fields
+from functools import cached_property
+from typing import Any
 
 from megablip.engine.topology import Topology
 from megablip.errors import RankMismatchError
+from megablip.records import MicroBatch
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
     """What one rank knows before a step; all integers, to travel as one tensor.
 
-    `step` and `micro_batches` must agree on all ranks; the rest is summed.
+    The fields of MUST_AGREE are equal on all ranks; of the others a total is of use.
     """
 
     step: int
     micro_batches: int
-    tokens: int
-    documents: int
-    valid_labels: int
-    samples_done: int  # since the start of the run, by this rank's lanes
-    stop: int  # 1 if this rank was asked to stop
-    failed: int  # 1 if this rank could not get its data
+    setup: int = 0  # `signature` of what this rank was started with
+    calls: int = 0  # `signature` of the forwards that this rank is about to make
+    skipped_steps: int = 0  # of this attempt, because loss or gradient was not finite
+    tokens: int = 0
+    documents: int = 0
+    valid_labels: int = 0
+    samples_done: int = 0  # since the start of the run, by this rank's lanes
+    tiles: int = 0
+    stop: int = 0  # 1 if this rank was asked to stop
+    failed: int = 0  # 1 if this rank could not get its data
+    # Of the step before this one:
+    nonfinite: int = 0  # micro-batches of this rank whose loss was not finite
+    wants_keys: int = 0  # 1 if this rank wants that step's sample keys written down
+    local_us: int = 0  # spent in parts without collectives
+    data_wait_us: int = 0
 
 
-_MUST_AGREE = ("step", "micro_batches")
+MUST_AGREE = {
+    "step": "start all ranks from the same checkpoint",
+    "micro_batches": "give all ranks the same recipe",
+    "setup": "give all ranks the same recipe, the same model folder and the same versions of megablip, torch, "
+    "deepspeed and transformers",
+    "calls": "each micro-batch needs a tile on every rank, if only a dummy: this is a fault of megablip, report it",
+    "skipped_steps": "ranks must skip the same steps: this is a fault of the ZeRO strategy, report it",
+}
+"""Fields that must be equal on all ranks, and what to do where they aren't."""
 
 
-def exchange(report: StepReport, topology: Topology) -> StepReport:
-    """The sum of all ranks' reports, by the one control collective of a step.
+@dataclass(frozen=True)
+class StepReports:
+    """The reports of all ranks."""
+
+    by_rank: list[StepReport]
+
+    @cached_property
+    def total(self) -> StepReport:
+        """Sums over ranks; what must agree is not summed."""
+        values = {f.name: self.of(f.name) for f in fields(StepReport)}
+        return StepReport(**{name: of[0] if name in MUST_AGREE else sum(of) for name, of in values.items()})
+
+    def of(self, name: str) -> list[int]:
+        """A field of each rank, in rank order."""
+        return [getattr(report, name) for report in self.by_rank]
+
+
+def exchange(report: StepReport, topology: Topology) -> StepReports:
+    """All ranks' reports, by the one control collective of a step.
 
     Raises:
-        RankMismatchError: ranks are at different steps, or would make
-            different numbers of forward calls.
+        RankMismatchError: ranks differ in what must agree; names them.
     """
     import torch
     import torch.distributed as dist
@@ -47,14 +85,38 @@ def exchange(report: StepReport, topology: Topology) -> StepReport:
     table = torch.zeros(topology.world, len(fields(StepReport)), dtype=torch.int64, device=topology.device)
     table[topology.rank] = torch.tensor(astuple(report), dtype=torch.int64)
     dist.all_reduce(table)
-    reports = [StepReport(*row) for row in table.tolist()]
-    for name in _MUST_AGREE:
-        values = [getattr(other, name) for other in reports]
+    names = [f.name for f in fields(StepReport)]
+    reports = StepReports([StepReport(**dict(zip(names, row, strict=True))) for row in table.tolist()])
+    if any(reports.of("failed")):
+        return reports  # that rank has nothing to compare, and its error says more
+    for name, remedy in MUST_AGREE.items():
+        values = reports.of(name)
         if len(set(values)) > 1:
             raise RankMismatchError(
-                f"ranks disagree on {name}: {dict(enumerate(values))}",
+                f"ranks disagree on {name}: {_who_has_what(values)}",
                 where=f"rank {topology.rank}, step {report.step}",
-                remedy="start all ranks from the same checkpoint and recipe; if they were, this is a bug",
+                remedy=remedy,
             )
-    summed = {f.name: sum(getattr(other, f.name) for other in reports) for f in fields(StepReport)}
-    return StepReport(**summed | {name: getattr(report, name) for name in _MUST_AGREE})
+    return reports
+
+
+def signature(*facts: Any) -> int:
+    """63 bits that differ where facts do; facts are compared by their text."""
+    return int.from_bytes(hashlib.sha256(repr(facts).encode()).digest()[:8]) >> 1
+
+
+def calls_signature(micro_batches: list[MicroBatch]) -> int:
+    """Of what decides which modules a step enters: the sampler is called where there is a tile."""
+    return signature([len(micro_batch.tiles) > 0 for micro_batch in micro_batches])
+
+
+def _who_has_what(values: list[int]) -> str:
+    """The ranks of each value, those of the rarest first: they are likely at fault."""
+    ranks: dict[int, list[int]] = {}
+    for rank, value in enumerate(values):
+        ranks.setdefault(value, []).append(rank)
+    parts = []
+    for value, owners in sorted(ranks.items(), key=lambda item: len(item[1])):
+        some = ", ".join(map(str, owners[:8])) + (f" and {len(owners) - 8} more" if len(owners) > 8 else "")
+        parts.append(f"{value} on rank{'s' if len(owners) > 1 else ''} {some}")
+    return "; ".join(parts)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, replace
+from dataclasses import astuple, fields, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from megablip.engine.symmetry import StepReport, exchange
+from megablip.engine.symmetry import MUST_AGREE, StepReport, calls_signature, exchange, signature
 from megablip.engine.topology import Topology
 from megablip.errors import RankMismatchError
 
@@ -25,30 +26,53 @@ def exchanged(monkeypatch, mine, *others):
             table[rank] += torch.tensor(astuple(report))
 
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
-    total = exchange(mine, Topology(0, 1 + len(others), 0, torch.device("cpu")))
+    reports = exchange(mine, Topology(0, 1 + len(others), 0, torch.device("cpu")))
     assert len(calls) == 1, "one collective a step"
-    return total
+    return reports
 
 
 def test_counts_are_summed_and_the_step_is_not(monkeypatch):
     other = replace(MINE, tokens=11, documents=1, valid_labels=0, stop=1)
-    assert exchanged(monkeypatch, MINE, other, MINE) == StepReport(5, 2, 211, 15, 120, 150, 1, 0)
+    total = exchanged(monkeypatch, MINE, other, MINE).total
+    assert total == replace(MINE, tokens=211, documents=15, valid_labels=120, samples_done=150, stop=1)
+
+
+def test_each_rank_s_value_is_there(monkeypatch):
+    assert exchanged(monkeypatch, MINE, replace(MINE, tiles=3), MINE).of("tiles") == [0, 3, 0]
 
 
 def test_large_counts_are_exact(monkeypatch):
     large = replace(MINE, tokens=2**53 + 1)
-    assert exchanged(monkeypatch, large, large).tokens == 2**54 + 2
+    assert exchanged(monkeypatch, large, large).total.tokens == 2**54 + 2
 
 
-@pytest.mark.parametrize("field", ["step", "micro_batches"])
+@pytest.mark.parametrize("field", MUST_AGREE)
 def test_ranks_that_differ_are_named(monkeypatch, field):
     other = replace(MINE, **{field: 9})
-    with pytest.raises(RankMismatchError, match=f"ranks disagree on {field}") as caught:
+    with pytest.raises(RankMismatchError, match=f"ranks disagree on {field}: 9 on rank 2; ") as caught:
         exchanged(monkeypatch, MINE, MINE, other)
-    assert "2: 9" in caught.value.what
+    assert "on ranks 0, 1" in caught.value.what
     assert "rank 0, step 5" in caught.value.where
+    assert caught.value.remedy
 
 
-@pytest.mark.parametrize("field", ["tokens", "documents", "valid_labels", "samples_done", "stop", "failed"])
+@pytest.mark.parametrize("field", [f.name for f in fields(StepReport) if f.name not in MUST_AGREE])
 def test_other_fields_may_differ(monkeypatch, field):
-    assert getattr(exchanged(monkeypatch, MINE, replace(MINE, **{field: 1})), field) == getattr(MINE, field) + 1
+    other = replace(MINE, **{field: 1})
+    assert getattr(exchanged(monkeypatch, MINE, other).total, field) == getattr(MINE, field) + 1
+
+
+def test_a_rank_that_failed_is_not_compared(monkeypatch):
+    assert exchanged(monkeypatch, MINE, replace(MINE, failed=1, calls=3)).total.failed == 1
+
+
+def test_signatures_differ_where_the_facts_do():
+    assert signature("recipe", {"model": "a"}) == signature("recipe", {"model": "a"})
+    assert signature("recipe", {"model": "a"}) != signature("recipe", {"model": "b"})
+    assert 0 <= signature() < 2**63
+
+
+def test_a_micro_batch_without_a_tile_makes_other_calls():
+    with_tile, without = (SimpleNamespace(tiles=torch.zeros(n, 3, 1, 1)) for n in (2, 0))
+    assert calls_signature([with_tile, without]) != calls_signature([with_tile, with_tile])
+    assert calls_signature([with_tile]) == calls_signature([SimpleNamespace(tiles=torch.zeros(5, 3, 1, 1))])
