@@ -9,6 +9,7 @@ V visual tokens, P patches of a tile and S pixels of a tile's side.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Literal
 
@@ -17,6 +18,7 @@ import numpy as np
 if TYPE_CHECKING:  # torch is imported by the ranks only
     import torch
 
+DIGESTS = 2**63  # a digest is a number below this, and digests add up modulo it: any split into ranks gives one sum
 IGNORE_LABEL = -100  # torch's cross entropy ignores this label
 
 
@@ -202,6 +204,12 @@ class PackedSequence:
     @property
     def tokens(self) -> int:
         return len(self.input_ids)
+
+    @property
+    def digest(self) -> int:
+        """63 bits that tell this sequence from others: by its place in the run, its keys and its tokens."""
+        place = ascii((self.lane, self.index, self.keys)).encode()
+        return int.from_bytes(hashlib.blake2b(place + self.input_ids.tobytes(), digest_size=8).digest()) >> 1
 
 
 @dataclass(slots=True)

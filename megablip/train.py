@@ -153,7 +153,7 @@ class Trainer:
             scalars["tokens_per_s"] = total.tokens / (time.perf_counter() - step_began)
             if self.board:
                 if self.progress.step % self.config.log.every_steps == 0:
-                    self.board.write(self.progress.step, scalars)
+                    self.board.write(self.progress.step, scalars, data_digest=f"{total.data_digest:016x}")
                 line.show(self.progress.step, self.share_done, _facts(scalars))
             if self.progress.step % self.config.checkpoint.every_steps == 0 and not self.finished:
                 try:
@@ -185,6 +185,7 @@ class Trainer:
                 documents=batch.documents if batch else 0,
                 valid_labels=batch.valid_labels if batch else 0,
                 samples_done=batch.samples_done if batch else 0,
+                data_digest=batch.data_digest if batch else 0,
                 tiles=sum(len(micro_batch.tiles) for micro_batch in batch.micro_batches) if batch else 0,
                 stop=int(bool(self.stop.received)),
                 failed=int(failure is not None),

@@ -25,7 +25,7 @@ from megablip.data.samples import Setup
 from megablip.data.shards import expand_shards
 from megablip.data.workers import POLL_S, InlinePipeline, Pipeline, ProcessPipeline, with_traceback
 from megablip.errors import CheckpointError, MegablipError
-from megablip.records import MicroBatch, PackedSequence, Skip, VisualLayout
+from megablip.records import DIGESTS, MicroBatch, PackedSequence, Skip, VisualLayout
 
 MAX_STEPS_AHEAD = 8  # more even out nothing, and where steps are small they would cost the training thread its time
 
@@ -45,6 +45,7 @@ class StepBatch:
     valid_labels: int
     samples_drawn: np.ndarray  # int64[sources], since the start of the run, by this rank's lanes
     samples_done: int  # of those, all that no longer wait
+    data_digest: int  # sum of its sequences' digests mod 2^63; the sum over all ranks is that of the global batch
     skipped: tuple[Skip, ...]
     data_wait_s: float = 0.0
 
@@ -195,7 +196,7 @@ class Loader:
         micro_batches: list[MicroBatch] = []
         lane_states: dict[int, np.ndarray] = {}
         skipped: list[Skip] = []
-        documents = tokens = 0
+        documents = tokens = digest = 0
         left = len(self._lanes) * self._config.batch.sequences_per_lane
         for _ in range(self._micro_batches):
             count = min(left, self._config.batch.micro_batch_sequences)
@@ -208,6 +209,7 @@ class Loader:
                 skipped += sequence.skipped
                 documents += len(sequence.doc_lens)
                 tokens += sequence.tokens
+                digest += sequence.digest
         states = [LaneState(state) for state in lane_states.values()]
         return StepBatch(
             step=step,
@@ -218,6 +220,7 @@ class Loader:
             valid_labels=sum(micro_batch.valid_labels for micro_batch in micro_batches),
             samples_drawn=sum(state.drawn for state in states),
             samples_done=sum(state.samples_done for state in states),
+            data_digest=digest % DIGESTS,
             skipped=tuple(skipped),
         )
 

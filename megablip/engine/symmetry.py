@@ -15,7 +15,7 @@ from typing import Any
 
 from megablip.engine.topology import Topology
 from megablip.errors import RankMismatchError
-from megablip.records import MicroBatch
+from megablip.records import DIGESTS, MicroBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +34,7 @@ class StepReport:
     documents: int = 0
     valid_labels: int = 0
     samples_done: int = 0  # since the start of the run, by this rank's lanes
+    data_digest: int = 0  # of this rank's share; the total is taken modulo DIGESTS
     tiles: int = 0
     stop: int = 0  # 1 if this rank was asked to stop
     failed: int = 0  # 1 if this rank could not get its data
@@ -65,7 +66,8 @@ class StepReports:
     def total(self) -> StepReport:
         """Sums over ranks; what must agree is not summed."""
         values = {f.name: self.of(f.name) for f in fields(StepReport)}
-        return StepReport(**{name: of[0] if name in MUST_AGREE else sum(of) for name, of in values.items()})
+        total = {name: of[0] if name in MUST_AGREE else sum(of) for name, of in values.items()}
+        return StepReport(**total | {"data_digest": total["data_digest"] % DIGESTS})
 
     def of(self, name: str) -> list[int]:
         """A field of each rank, in rank order."""

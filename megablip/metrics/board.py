@@ -34,10 +34,13 @@ class Board:
         self._warned = False
         self._tensorboard.add_text("config", f"```yaml\n{config}```", start_step)
 
-    def write(self, step: int, scalars: dict[str, float]) -> None:
-        """One point of each scalar. A full disk is reported once and does not stop the run."""
+    def write(self, step: int, scalars: dict[str, float], **words: str) -> None:
+        """One point of each scalar; `words` go to metrics.jsonl alone.
+
+        A full disk is reported once and does not stop the run.
+        """
         try:
-            self._stream.write(json.dumps({"step": step, **scalars}) + "\n")
+            self._stream.write(json.dumps({"step": step, **scalars, **words}) + "\n")
             for name, value in scalars.items():
                 self._tensorboard.add_scalar(name, value, step)
         except OSError as error:

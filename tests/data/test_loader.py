@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import chain, islice
 
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image
 from megablip.config import parse_config
 from megablip.data.loader import Loader, micro_batches_per_step, owned_lanes
 from megablip.errors import CheckpointError, MegablipError, ShardError
-from megablip.records import VisualLayout
+from megablip.records import DIGESTS, PackedSequence, VisualLayout
 from tests.data.builders import write_tar
 from tokenization.train import train_tokenizer
 
@@ -159,6 +160,31 @@ def test_the_global_batch_does_not_depend_on_ranks_and_workers(data, tmp_path, r
         drawn = sum(rank[step].samples_drawn for rank in ranks)
         assert drawn.tolist() == reference[0][step].samples_drawn.tolist()
         assert len({len(rank[step].micro_batches) for rank in ranks}) == 1
+
+
+def test_the_digest_of_a_step_does_not_depend_on_ranks_and_tells_orders_apart(data, tmp_path):
+    def digests(world, **changes):
+        ranks = take(3, data, tmp_path / "run", world, **changes)
+        return [sum(batch.data_digest for batch in batches) % DIGESTS for batches in zip(*ranks, strict=True)]
+
+    expected = digests(1)
+    assert len(set(expected)) == 3
+    assert digests(3) == expected
+    assert digests(1, seed=7) != expected
+
+
+def test_a_sequence_differs_in_its_digest_by_place_keys_and_tokens():
+    sequence = PackedSequence(
+        lane=0, index=1, input_ids=np.arange(4, dtype=np.int32), labels=None, doc_lens=None, source=None, pair=None,
+        visual_positions=None, tiles=None, patch_mask=None, grids=None, keys=("a", "b"), skipped=(), lane_state=None,
+    )  # fmt: skip
+    others = [
+        replace(sequence, lane=1, index=0),
+        replace(sequence, keys=("b", "a")),
+        replace(sequence, keys=("a", "\udcff")),  # what a file's name may hold
+        replace(sequence, input_ids=np.arange(5, dtype=np.int32)),
+    ]
+    assert len({one.digest for one in [sequence, *others]}) == 5
 
 
 def test_micro_batches_hold_the_same_sequences_in_the_same_order(data, tmp_path, reference):

@@ -13,7 +13,9 @@ from megablip.engine.symmetry import MUST_AGREE, StepReport, calls_signature, ex
 from megablip.engine.topology import Topology
 from megablip.errors import RankMismatchError
 
-MINE = StepReport(step=5, micro_batches=2, tokens=100, documents=7, valid_labels=60, samples_done=50, stop=0, failed=0)
+MINE = StepReport(
+    step=5, micro_batches=2, tokens=100, documents=7, valid_labels=60, samples_done=50, data_digest=9, stop=0, failed=0
+)
 
 
 def exchanged(monkeypatch, mine, *others):
@@ -34,7 +36,7 @@ def exchanged(monkeypatch, mine, *others):
 def test_counts_are_summed_and_the_step_is_not(monkeypatch):
     other = replace(MINE, tokens=11, documents=1, valid_labels=0, stop=1)
     total = exchanged(monkeypatch, MINE, other, MINE).total
-    assert total == replace(MINE, tokens=211, documents=15, valid_labels=120, samples_done=150, stop=1)
+    assert total == replace(MINE, tokens=211, documents=15, valid_labels=120, samples_done=150, data_digest=27, stop=1)
 
 
 def test_each_rank_s_value_is_there(monkeypatch):
@@ -44,6 +46,11 @@ def test_each_rank_s_value_is_there(monkeypatch):
 def test_large_counts_are_exact(monkeypatch):
     large = replace(MINE, tokens=2**53 + 1)
     assert exchanged(monkeypatch, large, large).total.tokens == 2**54 + 2
+
+
+def test_digests_add_up_modulo_2_to_the_63(monkeypatch):
+    large = replace(MINE, data_digest=2**63 - 1)
+    assert exchanged(monkeypatch, large, large).total.data_digest == 2**63 - 2
 
 
 @pytest.mark.parametrize("field", MUST_AGREE)
