@@ -190,6 +190,8 @@ class OptimizerConfig(Section):
 class ModelConfig(Section):
     path: str
     """Folder of the Hugging Face export that the stage starts from."""
+    train_tower: bool = False
+    """Train the vision tower too; else it is frozen, and stays whole on every rank."""
     activation_checkpointing: bool = operational(False)
 
 
@@ -252,6 +254,12 @@ class Config(Section):
                     )
                 if isinstance(source.weight, list):
                     raise ValueError(f"data.sources: {source.name} has a schedule of weights; count steps or tokens")
+        return self
+
+    @model_validator(mode="after")
+    def _parts_are_trained(self) -> Config:
+        if "tower" in self.optimizer.lr_by_part and not self.model.train_tower:
+            raise ValueError("optimizer.lr_by_part names the tower, which is frozen unless model.train_tower is true")
         return self
 
     @model_validator(mode="after")

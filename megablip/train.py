@@ -96,7 +96,9 @@ def run(config: Config, topology: Topology, status: RunStatus | None, stop: Stop
         else:
             engine.load(export.read, moments=False)
             say(f"starting from {config.model.path}")
-        tower = load_tower(export, model_config.vision_config, dtype, topology.device)
+        tower = None  # trained: inside the engine
+        if not config.model.train_tower:
+            tower = load_tower(export, model_config.vision_config, dtype, topology.device)
 
         board = Board(run_dir, progress.step, dump_config(config)) if topology.is_first else None
         trainer = Trainer(config, topology, engine, tower, loader, store, base, progress, board, stop, say)
@@ -110,8 +112,9 @@ def run(config: Config, topology: Topology, status: RunStatus | None, stop: Stop
 
 
 def _build(model_config: Blip3Config, config: Config) -> Blip3ForConditionalGeneration:
-    """The part of the model that is trained; the frozen tower stays outside the engine."""
-    model = Blip3ForConditionalGeneration(model_config, with_vision_tower=False)
+    """The part of the model that is trained; a frozen tower stays outside the engine."""
+    trained = config.model.train_tower
+    model = Blip3ForConditionalGeneration(model_config, with_vision_tower=trained, train_tower=trained)
     if config.model.activation_checkpointing:
         # Non-reentrant, for inputs without a gradient are right in it too.
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
@@ -125,7 +128,7 @@ class Trainer:
     config: Config
     topology: Topology
     engine: ZeroEngine
-    tower: torch.nn.Module
+    tower: torch.nn.Module | None  # None where it is trained, inside the engine
     loader: Loader
     store: CheckpointStore
     base: dict[str, str]  # hashes of what the run began with
@@ -216,7 +219,7 @@ class Trainer:
         sums = SourceSums(names, batch.samples_drawn, loader.quarantine.counts, device)
         for micro_batch in batch.micro_batches:
             micro_batch = micro_batch.to(device)
-            features = encode_tiles(self.tower, micro_batch.tiles)
+            features = encode_tiles(self.tower, micro_batch.tiles) if self.tower else None
             losses = self.engine(packed=micro_batch, vision_features=features)
             self.engine.backward(losses.loss * scale)
             self.engine.step(rates)

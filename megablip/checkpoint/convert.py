@@ -32,8 +32,9 @@ SHARD_BYTES = 5 * 10**9  # what transformers writes by default
 def zero_to_hf(source: Path, output: Path, dtype: str = "fp32") -> None:
     """Write a committed checkpoint as a folder that `from_pretrained` loads.
 
-    The trained weights come from the ranks' files, the frozen tower, the
-    config, tokenizer and processor from the export that the run began with.
+    The trained weights come from the ranks' files, the frozen ones (the tower's,
+    or of a trained tower its pooling head), the config, tokenizer and processor
+    from the export that the run began with.
 
     Args:
         source: a run directory (its newest checkpoint) or one checkpoint's folder.
@@ -49,7 +50,8 @@ def zero_to_hf(source: Path, output: Path, dtype: str = "fp32") -> None:
     source = source.resolve()
     folder = source if (source / "COMMITTED").exists() else newest_committed(source)
     checkpoint = open_checkpoint(folder)
-    start = Path(load_config(folder.parents[1] / "config.yaml").model.path)
+    model = load_config(folder.parents[1] / "config.yaml").model
+    start = Path(model.path)
     base = ExportReader(start)
     if base.hash() != checkpoint.trainer_state["base"]["model"]:
         raise CheckpointError(
@@ -58,7 +60,8 @@ def zero_to_hf(source: Path, output: Path, dtype: str = "fp32") -> None:
             remedy="restore the folder; its hash stands in trainer_state.json",
         )
     trained = SliceReader(folder)
-    expected = {name for name in base.names if not name.startswith(f"{VISION_TOWER}.")}
+    frozen = f"{VISION_TOWER}.head." if model.train_tower else f"{VISION_TOWER}."
+    expected = {name for name in base.names if not name.startswith(frozen)}
     if expected != set(trained.parameters):
         difference = sorted(expected ^ set(trained.parameters))
         raise CheckpointError(

@@ -13,11 +13,11 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from megablip.errors import CheckpointError
-from megablip.model.vision import build_tower
+from megablip.model.vision import build_tower, freeze
 from megablip.records import MASTER
 
 VISION_TOWER = "vision_tower"
-"""The tower's prefix in an export; the rest of the model is trained."""
+"""The tower's prefix in an export."""
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -117,7 +117,7 @@ def load_tower(
     Raises:
         CheckpointError: the export lacks a weight of the tower.
     """
-    tower = build_tower(config)
+    tower = freeze(build_tower(config, pooling_head=False))
     for name, parameter in tower.named_parameters():
         shape = tuple(parameter.shape)
         values = export.read(f"{VISION_TOWER}.{name}", MASTER, shape, 0, parameter.numel())

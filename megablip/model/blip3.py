@@ -35,7 +35,7 @@ from megablip.model.loss import LossHead
 from megablip.model.packing import PackedLayout
 from megablip.model.processor import Blip3Processor
 from megablip.model.samplers import PerceiverResampler, regroup_released
-from megablip.model.vision import build_tower, encode_tiles, freeze
+from megablip.model.vision import build_tower, encode_tiles, freeze, tower_features
 from megablip.records import IGNORE_LABEL, MicroBatch, VisualLayout
 
 # The released model (arXiv 2408.08872 v1): sizes of its sampler and its tile templates.
@@ -127,9 +127,10 @@ class PackedLoss(ModelOutput):
 class Blip3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """The LMM, with two ways in.
 
-    Training: `model(packed=micro_batch, vision_features=features)` -> PackedLoss.
-    One call of the sampler and one of the head whatever the batch holds, so that
-    ZeRO-3's ranks agree, and every parameter of both gets a gradient.
+    Training: `model(packed=micro_batch, vision_features=features)` -> PackedLoss,
+    or without features where the tower is trained too.  One call of the tower, one
+    of the sampler and one of the head whatever the batch holds, so that ZeRO-3's
+    ranks agree, and every parameter of them gets a gradient.
 
     Inference: `model(input_ids, attention_mask, tiles=..., patch_mask=..., grids=...)`
     and `model.generate(...)` with the same arguments, as Blip3Processor makes them.
@@ -137,6 +138,7 @@ class Blip3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
     Args:
         with_vision_tower: False leaves `vision_tower` None, for a trainer that keeps
             the frozen tower elsewhere and gives `vision_features`.
+        train_tower: the tower has gradients, and no pooling head; else it is frozen.
     """
 
     config: Blip3Config
@@ -148,10 +150,14 @@ class Blip3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
     _supports_attention_backend = True
     _no_split_modules = ["PerceiverAttention"]  # noqa: RUF012
 
-    def __init__(self, config: Blip3Config, with_vision_tower: bool = True):
+    def __init__(self, config: Blip3Config, with_vision_tower: bool = True, train_tower: bool = False):
         super().__init__(config)
         config.check()
-        self.vision_tower = build_tower(config.vision_config) if with_vision_tower else None
+        self.train_tower = train_tower
+        self.vision_tower = None
+        if with_vision_tower:
+            tower = build_tower(config.vision_config, pooling_head=not train_tower)
+            self.vision_tower = tower if train_tower else freeze(tower)
         self.sampler = PerceiverResampler(
             dim=config.vision_config.hidden_size, output_dim=config.text_config.hidden_size, **config.sampler
         )
@@ -180,7 +186,7 @@ class Blip3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def train(self, mode: bool = True) -> Blip3ForConditionalGeneration:
         super().train(mode)
-        if self.vision_tower is not None:
+        if self.vision_tower is not None and not self.train_tower:
             freeze(self.vision_tower)
         return self
 
@@ -216,8 +222,9 @@ class Blip3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Training on a pack, or inference on a padded batch.
 
         Args:
-            packed: documents laid end to end; needs `vision_features` and nothing else.
-            vision_features: [N, P, C], the tower's output for `packed.tiles` or for `tiles`.
+            packed: documents laid end to end; needs nothing else but `vision_features`.
+            vision_features: [N, P, C], the tower's output for `packed.tiles` or for `tiles`;
+                None calls the tower inside, in training with its gradient.
             input_ids: int64[B, L], with one `<image>` id for each visual token.
             labels: int64[B, L], aligned with input_ids; gives the mean loss.
             tiles: uint8[N, 3, S, S], those of all rows' images in order.
@@ -259,12 +266,16 @@ class Blip3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def packed_hidden_states(self, packed: MicroBatch, vision_features: Tensor) -> tuple[Tensor, PackedLayout]:
+    def packed_hidden_states(
+        self, packed: MicroBatch, vision_features: Tensor | None = None
+    ) -> tuple[Tensor, PackedLayout]:
         """The decoder's last hidden states, [T, d], and the documents' layout."""
+        if vision_features is None:
+            vision_features = tower_features(self.vision_tower, packed.tiles)
         visual = self._visual_tokens(vision_features, packed.patch_mask, packed.grid)
         embeds = self.get_input_embeddings()(packed.input_ids)
         if packed.dummy:
-            # An empty sum is 0 whatever the features hold, and gives the sampler a gradient of
+            # An empty sum is 0 whatever the features hold, and gives sampler and tower a gradient of
             # exact zeros.  Without one, ZeRO-3 would step it with the gradient of an earlier step.
             embeds = embeds + visual.flatten()[:0].sum().to(embeds.dtype)
         else:
@@ -282,7 +293,7 @@ class Blip3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
         return outputs.last_hidden_state.squeeze(0), layout
 
-    def _packed_loss(self, packed: MicroBatch, vision_features: Tensor) -> PackedLoss:
+    def _packed_loss(self, packed: MicroBatch, vision_features: Tensor | None) -> PackedLoss:
         hidden, layout = self.packed_hidden_states(packed, vision_features)
         total, per_row, rows = self.get_output_embeddings()(hidden, packed.labels)
         document = layout.document_index.index_select(0, rows)

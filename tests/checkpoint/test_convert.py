@@ -20,10 +20,11 @@ from megablip.checkpoint.export import ExportReader
 from megablip.checkpoint.slices import write_slices
 from megablip.config import dump_config, parse_config
 from megablip.errors import CheckpointError, ConfigError
+from megablip.model.blip3 import Blip3ForConditionalGeneration
 from megablip.records import MASTER, LocalSlice
 from tests.checkpoint.alone import Alone
 from tests.minimal import RECIPE
-from tests.model.tiny import tiny_model
+from tests.model.tiny import tiny_config, tiny_model
 from tests.small_export import SETTINGS, make_ingredients
 
 
@@ -54,10 +55,11 @@ def run_dir(tmp_path, start, trained):
     return make_run(tmp_path / "run", start, trained)
 
 
-def make_run(folder, start, weights):
+def make_run(folder, start, weights, train_tower=False):
     """A run directory with one committed checkpoint of `weights`."""
     folder.mkdir()
-    config = parse_config(RECIPE | {"run_dir": str(folder), "model": {"path": str(start)}}, "test")
+    model = {"path": str(start), "train_tower": train_tower}
+    config = parse_config(RECIPE | {"run_dir": str(folder), "model": model}, "test")
     (folder / "config.yaml").write_text(dump_config(config))
     slices = [
         LocalSlice(name, tuple(value.shape), 0, value.numel(), {MASTER: value.flatten().clone()})
@@ -86,6 +88,30 @@ def test_the_export_equals_the_trained_weights(tmp_path, run_dir, start, trained
     assert loaded.dtype == torch_dtype
     for name, value in loaded.named_parameters():
         assert torch.equal(value, expected[name]), name
+
+
+def test_a_trained_tower_comes_from_the_checkpoint_and_its_pooling_head_from_the_start(tmp_path):
+    config = tiny_config()
+    config.vision_config.vision_use_head = True
+    start = tmp_path / "start"
+    Blip3ForConditionalGeneration(config).save_pretrained(start)
+    (start / "tokenizer.json").write_text("{}")
+    trained = {
+        name: torch.randn(value.shape)
+        for name, value in Blip3ForConditionalGeneration(config, train_tower=True).named_parameters()
+    }
+    zero_to_hf(make_run(tmp_path / "run", start, trained, train_tower=True), tmp_path / "out")
+    written, before = load_file(tmp_path / "out" / "model.safetensors"), load_file(start / "model.safetensors")
+    assert set(written) == set(before)
+    for name, value in written.items():
+        assert torch.equal(value, trained[name] if name in trained else before[name]), name
+        assert (name in trained) is not name.startswith("vision_tower.head."), name
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    for name, value in loaded.named_parameters():
+        assert torch.equal(value, written[name]), name
+    frozen = {name: value for name, value in trained.items() if not name.startswith("vision_tower.")}
+    with pytest.raises(CheckpointError, match=r"for example vision_tower\."):
+        zero_to_hf(make_run(tmp_path / "half", start, frozen, train_tower=True), tmp_path / "other")
 
 
 def test_one_checkpoint_can_be_named_by_a_relative_path(tmp_path, run_dir, monkeypatch):

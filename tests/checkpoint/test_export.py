@@ -118,10 +118,11 @@ def test_a_cut_file_is_refused(tmp_path, keep):
     assert str(path) in caught.value.where
 
 
-def test_the_tower_is_loaded_frozen(tmp_path):
+@pytest.mark.parametrize("pooling_head", [False, True])
+def test_the_tower_is_loaded_frozen_without_its_pooling_head(tmp_path, pooling_head):
     config = SiglipVisionConfig(
         hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=8, patch_size=4,
-        vision_use_head=False,
+        vision_use_head=pooling_head,
     )  # fmt: skip
     tower = SiglipVisionModel(config)
     state = {f"vision_tower.{name}": value for name, value in tower.state_dict().items()}
@@ -130,7 +131,9 @@ def test_the_tower_is_loaded_frozen(tmp_path):
     for name, parameter in loaded.named_parameters():
         assert not parameter.requires_grad
         assert torch.equal(parameter, tower.get_parameter(name).bfloat16())
-    state.popitem()
+        assert not name.startswith("head.")
+    assert config.vision_use_head is pooling_head
+    del state["vision_tower.post_layernorm.weight"]
     save_file(state, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="the export has no weight vision_tower"):
         load_tower(ExportReader(tmp_path), config, torch.bfloat16, torch.device("cpu"))

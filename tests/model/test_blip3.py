@@ -82,6 +82,59 @@ def test_no_document_leaks_into_another(changed):
     assert rows[0][changed].shape != rows[1][changed].shape or not torch.allclose(rows[0][changed], rows[1][changed])
 
 
+def test_trained_tower_is_called_once_with_its_gradient():
+    trained, frozen = tiny_model(train_tower=True), tiny_model()
+    packed, calls = pack(docs()), []
+    trained.vision_tower.register_forward_hook(lambda *_: calls.append(1))
+    trained.train()
+    trained(packed=packed).loss.backward()
+    frozen(packed=packed, vision_features=features_of(frozen, packed)).loss.backward()
+    assert len(calls) == 1
+    found, expected = gradients(trained), gradients(frozen)
+    for name, grad in expected.items():
+        torch.testing.assert_close(found[name], grad, msg=name)
+    tower = {name: grad for name, grad in found.items() if name not in expected}
+    assert set(tower) == {f"vision_tower.{name}" for name, _ in trained.vision_tower.named_parameters()}
+    assert all(grad.any() for grad in tower.values())
+    # Against a difference quotient, along a random direction.
+    weights = dict(trained.named_parameters())
+    generator = torch.Generator().manual_seed(3)
+    direction = {name: torch.randn(grad.shape, generator=generator) for name, grad in tower.items()}
+    losses = []
+    for shift in (1e-3, -2e-3):
+        for name, value in direction.items():
+            weights[name].data += shift * value
+        losses.append(float(trained(packed=packed).loss.detach()))
+    slope = sum(float((grad * direction[name]).sum()) for name, grad in tower.items())
+    assert (losses[0] - losses[1]) / 2e-3 == pytest.approx(slope, rel=0.02)
+
+
+def test_trained_tower_has_no_pooling_head_and_the_same_features():
+    config = tiny_config()
+    config.vision_config.vision_use_head = True
+    whole = Blip3ForConditionalGeneration(config).eval()
+    trained = Blip3ForConditionalGeneration(config, train_tower=True).eval()
+    state = whole.state_dict()
+    dropped = {name for name in state if name not in trained.state_dict()}
+    assert dropped
+    assert all(name.startswith("vision_tower.head.") for name in dropped)
+    trained.load_state_dict({name: value for name, value in state.items() if name not in dropped})
+    packed = pack(docs())
+    assert torch.equal(
+        trained(packed=packed).loss, whole(packed=packed, vision_features=features_of(whole, packed)).loss
+    )
+
+
+def test_dummy_tile_gives_a_trained_tower_exactly_zero_gradient():
+    model = tiny_model(train_tower=True).train()
+    packed = pack([make_doc(12, [], seed=1)])
+    model(packed=packed).loss.backward()
+    for module in (model.vision_tower, model.sampler):
+        for name, parameter in module.named_parameters():
+            assert parameter.grad is not None, name
+            assert not parameter.grad.any(), name
+
+
 def test_dummy_tile_gives_the_sampler_exactly_zero_gradient():
     model = tiny_model()
     packed = pack([make_doc(12, [], seed=1)])
@@ -112,10 +165,11 @@ def test_every_trainable_parameter_gets_a_gradient(with_images, labels):
     assert not any(p.requires_grad for p in model.vision_tower.parameters())
 
 
-def test_activation_checkpointing_changes_nothing():
-    model = tiny_model().train()
+@pytest.mark.parametrize("train_tower", [False, True])
+def test_activation_checkpointing_changes_nothing(train_tower):
+    model = tiny_model(train_tower=train_tower).train()
     packed = pack(docs())
-    features = features_of(model, packed)
+    features = None if train_tower else features_of(model, packed)
     model(packed=packed, vision_features=features).loss.backward()
     plain = gradients(model)
     model.zero_grad()

@@ -47,9 +47,9 @@ def tiny_config(window: int | None = None, vocabulary: int = VOCABULARY, **overr
     return Blip3Config(text_config=text, vision_config=vision, **settings | overrides)
 
 
-def tiny_model(seed: int = 0, **config) -> Blip3ForConditionalGeneration:
+def tiny_model(seed: int = 0, train_tower: bool = False, **config) -> Blip3ForConditionalGeneration:
     torch.manual_seed(seed)
-    model = Blip3ForConditionalGeneration(tiny_config(**config))
+    model = Blip3ForConditionalGeneration(tiny_config(**config), train_tower=train_tower)
     if model.get_output_embeddings().bias is not None:
         torch.nn.init.normal_(model.get_output_embeddings().bias)
     return model.eval()
