@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -24,7 +23,7 @@ import torch
 from megablip.checkpoint.commit import CheckpointStore
 from megablip.checkpoint.export import ExportReader, file_hash, load_tower
 from megablip.checkpoint.slices import SliceReader, write_slices
-from megablip.config import Config, dump_config, load_config
+from megablip.config import Config, load_config
 from megablip.data.loader import Loader, StepBatch, micro_batches_per_step
 from megablip.engine.health import StopSignal
 from megablip.engine.progress import Progress
@@ -35,8 +34,7 @@ from megablip.engine.symmetry import StepReport, StepReports, calls_signature, e
 from megablip.engine.topology import Topology, init_distributed
 from megablip.engine.zero import ZeroEngine, complete_ds_config
 from megablip.errors import CheckpointError, MegablipError, RankMismatchError
-from megablip.metrics.board import Board, ProgressLine
-from megablip.metrics.sources import SourceSums
+from megablip.metrics.recorder import Recorder
 from megablip.model.attention import select_backend
 from megablip.model.blip3 import Blip3Config, Blip3ForConditionalGeneration
 from megablip.model.vision import encode_tiles
@@ -100,14 +98,14 @@ def run(config: Config, topology: Topology, status: RunStatus | None, stop: Stop
         if not config.model.train_tower:
             tower = load_tower(export, model_config.vision_config, dtype, topology.device)
 
-        board = Board(run_dir, progress.step, dump_config(config)) if topology.is_first else None
-        trainer = Trainer(config, topology, engine, tower, loader, store, base, progress, board, stop, say)
+        recorder = Recorder(config, model_config, topology, engine.module, tower, loader, progress)
+        trainer = Trainer(config, topology, engine, tower, loader, store, base, progress, recorder, stop, say)
         outcome = trainer.train()
-    if board and status:
-        board.close()
+    recorder.close()
+    if status:
         status.update(outcome=outcome, last_step=progress.step)
     say(f"{outcome} at step {progress.step}: {progress.tokens} tokens, {progress.documents} documents")
-    say(f"waited for data {trainer.data_wait_share:.1%} of the loop's time")
+    say(f"waited for data {recorder.data_wait_share:.1%} of the loop's time")
     topology.leave()
 
 
@@ -133,31 +131,22 @@ class Trainer:
     store: CheckpointStore
     base: dict[str, str]  # hashes of what the run began with
     progress: Progress
-    board: Board | None
+    recorder: Recorder
     stop: StopSignal
     say: Callable[[str], None]
-    began: float = 0.0
-    data_wait_s: float = 0.0
 
     def train(self) -> Outcome:
         """Step until the duration is done or any rank is asked to stop; save; the outcome."""
-        line, self.began = ProgressLine(), time.perf_counter()
         lane_states = None  # of the last step trained, not of the last one fetched
         stop_at = self.config.stop_after_steps or math.inf
         while not self.finished and self.progress.step < stop_at:
-            step_began = time.perf_counter()
             batch, reports = self.fetch()
             total = reports.total
             if total.stop:
                 self.say(f"asked to stop at step {self.progress.step}; saving")
                 break
-            scalars = self.step(batch, total)
+            self.step(batch, total)
             lane_states = batch.lane_states
-            scalars["tokens_per_s"] = total.tokens / (time.perf_counter() - step_began)
-            if self.board:
-                if self.progress.step % self.config.log.every_steps == 0:
-                    self.board.write(self.progress.step, scalars, data_digest=f"{total.data_digest:016x}")
-                line.show(self.progress.step, self.share_done, _facts(scalars))
             if self.progress.step % self.config.checkpoint.every_steps == 0 and not self.finished:
                 try:
                     self.save(lane_states)
@@ -173,28 +162,27 @@ class Trainer:
         A rank that fails to get its share still takes part in the exchange, so
         that the others end with a reason instead of waiting for it.
         """
-        began, batch, failure = time.perf_counter(), None, None
+        batch, failure, timer = None, None, self.recorder.timer
         try:
-            batch = next(self.loader)
+            with timer.part("data_wait"):
+                batch = next(self.loader)
         except MegablipError as error:
             failure = error
-        self.data_wait_s += time.perf_counter() - began
-        reports = exchange(
-            StepReport(
-                step=self.progress.step,
-                micro_batches=self.engine.micro_batches,
-                calls=calls_signature(batch.micro_batches) if batch else 0,
-                tokens=batch.tokens if batch else 0,
-                documents=batch.documents if batch else 0,
-                valid_labels=batch.valid_labels if batch else 0,
-                samples_done=batch.samples_done if batch else 0,
-                data_digest=batch.data_digest if batch else 0,
-                tiles=sum(len(micro_batch.tiles) for micro_batch in batch.micro_batches) if batch else 0,
-                stop=int(bool(self.stop.received)),
-                failed=int(failure is not None),
-            ),
-            self.topology,
+        report = StepReport(
+            step=self.progress.step,
+            micro_batches=self.engine.micro_batches,
+            calls=calls_signature(batch.micro_batches) if batch else 0,
+            tokens=batch.tokens if batch else 0,
+            documents=batch.documents if batch else 0,
+            valid_labels=batch.valid_labels if batch else 0,
+            samples_done=batch.samples_done if batch else 0,
+            data_digest=batch.data_digest if batch else 0,
+            tiles=sum(len(micro_batch.tiles) for micro_batch in batch.micro_batches) if batch else 0,
+            stop=int(bool(self.stop.received)),
+            failed=int(failure is not None),
         )
+        with timer.part("exchange"):
+            reports = exchange(report, self.topology)
         if failure:
             raise failure
         if reports.total.failed:
@@ -202,46 +190,46 @@ class Trainer:
             raise RankMismatchError("another rank could not get its data; its message says why", where=f"ranks {ranks}")
         return batch, reports
 
-    def step(self, batch: StepBatch, total: StepReport) -> dict[str, float]:
-        """One optimizer step on the global batch; the scalars to log.
+    def step(self, batch: StepBatch, total: StepReport) -> None:
+        """One optimizer step on the global batch.
 
         The gradient is that of the sum of token losses over the count of valid
         labels of the *global* batch, however it is split into ranks and
         micro-batches: ZeRO averages over ranks, hence the factor `world`.
         """
-        config, progress, device = self.config, self.progress, self.topology.device
+        config, progress, loader, part = self.config, self.progress, self.loader, self.recorder.timer.part
         rates = learning_rates(
             config.optimizer, config.duration,
             step=progress.step, tokens=progress.tokens, epochs=progress.epochs, step_tokens=total.tokens,
         )  # fmt: skip
         scale = self.topology.world / max(total.valid_labels, 1)
-        names, loader = [source.name for source in config.data.sources], self.loader
-        sums = SourceSums(names, batch.samples_drawn, loader.quarantine.counts, device)
+        sums = self.recorder.begin(batch)
         for micro_batch in batch.micro_batches:
-            micro_batch = micro_batch.to(device)
-            features = encode_tiles(self.tower, micro_batch.tiles) if self.tower else None
-            losses = self.engine(packed=micro_batch, vision_features=features)
-            self.engine.backward(losses.loss * scale)
-            self.engine.step(rates)
+            micro_batch = micro_batch.to(self.topology.device)
+            with part("vision"):
+                features = encode_tiles(self.tower, micro_batch.tiles) if self.tower else None
+            with part("forward"):
+                losses = self.engine(packed=micro_batch, vision_features=features)
+            with part("backward"):
+                self.engine.backward(losses.loss * scale)
+            with part("optimizer"):
+                self.engine.step(rates)
             sums.add(micro_batch, losses)
         sums.reduce()
-        loader.quarantine.check(sums.bad, loader.samples)
+        loader.quarantine.check(sums.count("bad"), loader.samples)
 
         progress.step += 1
         progress.tokens += total.tokens
         progress.documents += total.documents
         progress.samples, progress.samples_per_epoch = total.samples_done, sum(loader.samples.values())
-        return sums.scalars(loader.samples) | {
+        progress.add_by_source(sums.count("tokens"), sums.count("images"))
+        scalars = {
             "grad_norm": self.engine.grad_norm,
             "learning_rate": rates["decoder"],
-            **{f"learning_rate_by_part/{part}": rates[part] for part in config.optimizer.lr_by_part},
-            "tokens_seen": progress.tokens,
-            "documents_seen": progress.documents,
-            "data_wait_s": batch.data_wait_s,
-            "data_wait_share": self.data_wait_share,
-            "padding_share": 1 - total.tokens / self.slots_per_step,
+            **{f"learning_rate_by_part/{name}": rates[name] for name in config.optimizer.lr_by_part},
             "step_skipped": float(not self.engine.was_step_applied),
         }
+        self.recorder.end(sums, total, scalars)
 
     def save(self, lane_states: dict[int, np.ndarray]) -> None:
         """Commit a checkpoint of this moment (a collective).
@@ -249,29 +237,21 @@ class Trainer:
         Raises:
             CheckpointError: it could not be written; earlier ones are untouched.
         """
-        folder = self.store.save(
-            self.progress.step,
-            lambda path: write_slices(path, self.engine.local_slices(), rng_states()),
-            lane_states,
-            {
-                "progress": asdict(self.progress),
-                "adam_step": self.engine.adam_step(),
-                "base": self.base,
-                "world": self.topology.world,
-                "sources": [source.name for source in self.config.data.sources],
-            },
-        )
+        trainer_state = {
+            "progress": asdict(self.progress),
+            "adam_step": self.engine.adam_step(),
+            "base": self.base,
+            "world": self.topology.world,
+            "sources": [source.name for source in self.config.data.sources],
+        }
+        with self.recorder.timer.part("save"):
+            folder = self.store.save(
+                self.progress.step,
+                lambda path: write_slices(path, self.engine.local_slices(), rng_states()),
+                lane_states,
+                trainer_state,
+            )
         self.say(f"saved {folder}")
-
-    @property
-    def slots_per_step(self) -> int:
-        batch = self.config.batch
-        return batch.lanes * batch.sequences_per_lane * self.config.data.sequence_length
-
-    @property
-    def data_wait_share(self) -> float:
-        """Share of the loop's time so far that it waited for data, the first step included."""
-        return self.data_wait_s / max(time.perf_counter() - self.began, 1e-9)
 
     @property
     def share_done(self) -> float:
@@ -280,15 +260,6 @@ class Trainer:
     @property
     def finished(self) -> bool:
         return self.share_done >= 1.0
-
-
-def _facts(scalars: dict[str, float]) -> dict[str, str]:
-    return {
-        "loss": f"{scalars['loss']:.4f}",
-        "tokens/s": f"{scalars['tokens_per_s']:,.0f}",
-        "lr": f"{scalars['learning_rate']:.1e}",
-        "data wait": f"{scalars['data_wait_share']:.1%}",
-    }
 
 
 def _speaker(topology: Topology) -> Callable[[str], None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megablip.config import Duration
 
@@ -16,10 +16,18 @@ class Progress:
     documents: int = 0
     samples: int = 0  # trained, skipped or dropped
     samples_per_epoch: int = 0  # of the sources that are counted
+    tokens_by_source: dict[str, int] = field(default_factory=dict)
+    images_by_source: dict[str, int] = field(default_factory=dict)
 
     @property
     def epochs(self) -> float:
         return self.samples / max(self.samples_per_epoch, 1)
+
+    def add_by_source(self, tokens: dict[str, int], images: dict[str, int]) -> None:
+        """Count a step's tokens and images, given by the sources' names."""
+        for counts, more in ((self.tokens_by_source, tokens), (self.images_by_source, images)):
+            for name, count in more.items():
+                counts[name] = counts.get(name, 0) + count
 
     def share_of(self, duration: Duration) -> float:
         """Share of a duration that is done (may pass 1)."""

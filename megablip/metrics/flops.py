@@ -1,0 +1,122 @@
+"""FLOPs of a step by formula, and what a device can do at best.
+
+Model FLOPs as in PaLM (arXiv 2204.02311, appendix B): what the mathematics of
+forward and backward needs on real tokens, at two for a multiply and an add.
+Recomputed activations, padding and dummy tiles don't count.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from megablip.model.blip3 import Blip3Config
+
+# Dense bf16 peaks in FLOP/s, without sparsity, by a part of the device's name; the first that fits counts.
+# From NVIDIA's data sheets of each product (those that state figures with sparsity, halved).
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "GH200": 989.4e12,
+    "H200 NVL": 835.5e12,
+    "H200": 989.4e12,
+    "H100 NVL": 835.5e12,
+    "H100 PCIe": 756e12,
+    "H100": 989.4e12,  # SXM: "NVIDIA H100 80GB HBM3"
+    "H800 PCIe": 756e12,
+    "H800": 989.4e12,
+    "H20": 148e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362.05e12,
+    "L40": 181.05e12,
+    "L4": 121e12,
+    "A40": 149.7e12,
+    "A30": 165e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "RTX A6000": 154.8e12,
+    "RTX 6000 Ada": 364.2e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12,
+}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bf16 FLOP/s that a device reaches at best; None for one that isn't known.
+
+    Args:
+        device_name: as torch.cuda.get_device_name gives it.
+    """
+    words = f" {device_name.replace('-', ' ')} "
+    return next((peak for name, peak in PEAK_FLOPS.items() if f" {name} " in words), None)
+
+
+@dataclass(frozen=True)
+class ModelFlops:
+    """FLOPs of forward and backward together, per unit of each part.
+
+    Attributes:
+        per_token: the decoder's blocks.
+        per_label: the output head, which sees only rows with a label.
+        per_pair: attention of the decoder, for each (query, key) pair that is looked at.
+        per_tile: tower and sampler.
+        window: tokens that one of the decoder sees at most, itself included; None: no limit.
+    """
+
+    per_token: float
+    per_label: float
+    per_pair: float
+    per_tile: float
+    window: int | None
+
+    @classmethod
+    def of(cls, model: nn.Module, tower: nn.Module, config: Blip3Config) -> ModelFlops:
+        """Counts the matrix products of the modules, whose weights may be partitioned or without storage.
+
+        A product costs three times its forward where its weight is trained, twice
+        where only a gradient passes through, once in a frozen tower.
+
+        Args:
+            model: a Blip3ForConditionalGeneration, with a dense (not mixture-of-experts) decoder.
+            tower: inside the model or outside.
+        """
+        text, vision, sampler = config.text_config, config.vision_config, config.sampler
+        layout = config.layout
+        patches, latents, depth = layout.patches_per_tile, layout.tokens_per_tile, sampler["depth"]
+        head = model.get_output_embeddings()
+
+        # Attention is two products, scores and values, each of heads x head_dim multiply-adds for a pair.
+        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        per_pair = 3 * 4 * text.num_hidden_layers * text.num_attention_heads * width
+        keys = patches + latents
+        sampler_tile = 3 * 4 * depth * latents * keys * sampler["heads"] * sampler["dim_head"]
+        for name, module in model.sampler.named_modules():
+            if isinstance(module, nn.Linear):
+                sampler_tile += _linear(module) * (keys if name.endswith("to_kv") else latents)
+
+        trained = any(parameter.requires_grad for parameter in tower.parameters())
+        tower_tile = (3 if trained else 1) * 4 * vision.num_hidden_layers * patches**2 * vision.hidden_size
+        for module in tower.modules():
+            if isinstance(module, nn.Linear):
+                tower_tile += _linear(module, frozen_factor=1) * patches
+            elif isinstance(module, nn.Conv2d):  # the patch embedding; pixels need no gradient
+                size = module.in_channels * module.out_channels * module.kernel_size[0] * module.kernel_size[1]
+                tower_tile += 2 * size * patches * (2 if trained else 1)
+        return cls(
+            per_token=sum(_linear(m) for m in model.decoder.base_model.modules() if isinstance(m, nn.Linear)),
+            per_label=_linear(head),
+            per_pair=per_pair,
+            per_tile=tower_tile + sampler_tile,
+            window=getattr(text, "sliding_window", None),
+        )
+
+    def of_step(self, *, tokens: float, labels: float, pairs: float, tiles: float) -> float:
+        """FLOPs of a step with so many real tokens, labels, attended pairs and tiles."""
+        return self.per_token * tokens + self.per_label * labels + self.per_pair * pairs + self.per_tile * tiles
+
+
+def _linear(module: nn.Linear, frozen_factor: int = 2) -> int:
+    """Forward and backward of one row."""
+    factor = 3 if module.weight.requires_grad else frozen_factor
+    return factor * 2 * module.in_features * module.out_features
