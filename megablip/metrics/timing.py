@@ -30,7 +30,7 @@ class StepTimer:
 
     def __init__(self, device: torch.device):
         self._on_cuda = device.type == "cuda"
-        self._spans: list[tuple[str, Mark, Mark]] = []
+        self._spans: list[tuple[str, Mark, Mark, int]] = []
         self._taken = time.perf_counter()
 
     @contextmanager
@@ -40,7 +40,7 @@ class StepTimer:
         try:
             yield
         finally:
-            self._spans.append((name, mark, self._mark(name)))
+            self._spans.append((name, mark, self._mark(name), 1))
 
     def watch(self, module: nn.Module, name: str, inside: str) -> None:
         """Count the module's forward as `name`, and no more as the part that it runs inside of."""
@@ -49,16 +49,16 @@ class StepTimer:
 
         def done(*_: object) -> None:
             span = marks.pop(), self._mark(name)
-            self._spans.append((name, *span))
-            self._spans.append((inside, *reversed(span)))
+            self._spans.append((name, *span, 1))
+            self._spans.append((inside, *span, -1))
 
         module.register_forward_hook(done)
 
     def take(self) -> tuple[float, dict[str, float]]:
         """Seconds since the last call, and those of each part; they start from zero again."""
         parts: defaultdict[str, float] = defaultdict(float)
-        for name, start, end in self._spans:
-            parts[name] += _seconds(start, end)
+        for name, start, end, sign in self._spans:
+            parts[name] += sign * _seconds(start, end)
         self._spans.clear()
         now = time.perf_counter()
         total, self._taken = now - self._taken, now
