@@ -205,6 +205,8 @@ class EngineConfig(Section):
     """CPU threads of a rank; 0 leaves the choice to torch."""
     timeout_s: int = operational(600, gt=0)
     """A collective that waits longer ends the run."""
+    debug_collectives: bool = operational(False)
+    """Compare which modules the ranks enter during the whole run, not during its first steps only."""
 
 
 class CheckpointConfig(Section):
@@ -216,6 +218,29 @@ class CheckpointConfig(Section):
 class LogConfig(Section):
     every_steps: int = operational(1, gt=0)
     """Steps between two points in TensorBoard and metrics.jsonl."""
+
+
+class HealthConfig(Section):
+    max_skipped_in_a_row: int = operational(10, gt=0)
+    """Steps skipped one after the other, because loss or gradient was not finite, that end the run."""
+    spike_deviations: float = operational(12.0, gt=0)
+    """A loss so many deviations (scaled MAD) above the median of the steps before it raises an alert."""
+    spike_window_steps: int = operational(128, ge=16)
+    """Steps that the median is of."""
+    step_limit_s: int | None = operational(None, gt=0)
+    """A step that takes longer ends the run with the stacks of all threads; None: half of engine.timeout_s."""
+    data_limit_s: int | None = operational(None, gt=0)
+    """The same for a wait for data."""
+    straggler_every_steps: int = operational(100, gt=0)
+    """Steps between two reports of slow ranks."""
+    straggler_ratio: float = operational(1.2, gt=1)
+    """A rank is slow if its own work takes so many times the median of the ranks."""
+
+    def limits_s(self, timeout_s: int) -> dict[str, float]:
+        """Seconds that each phase of the loop may take; `first`: any phase the first time, with compiling."""
+        data, step = (limit or timeout_s / 2 for limit in (self.data_limit_s, self.step_limit_s))
+        # To wait in the exchange is to wait for the data of another rank.
+        return {"data": data, "exchange": data, "step": step, "save": 0.9 * timeout_s, "first": 0.9 * timeout_s}
 
 
 class Config(Section):
@@ -231,6 +256,8 @@ class Config(Section):
     """auto: go on from the newest committed checkpoint of run_dir, if any."""
     allow_changes: list[Literal["data.sources"]] = operational([])
     """Identity fields that may differ from the run directory's: sources may be added, removed, weighed anew."""
+    deterministic: bool = operational(False)
+    """Only algorithms that give the same bits each time; slower on GPUs."""
     stop_after_steps: int | None = operational(None, gt=0)
     """Save and stop at this step, as if a signal had come; for rehearsals."""
     model: ModelConfig
@@ -240,6 +267,7 @@ class Config(Section):
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    health: HealthConfig = HealthConfig()
 
     @model_validator(mode="after")
     def _epochs_can_be_counted(self) -> Config:
@@ -267,6 +295,17 @@ class Config(Section):
         decay = self.optimizer.decay
         if decay and (decay.unit != self.duration.unit or decay.value > self.duration.value):
             raise ValueError(f"optimizer.decay ({decay}) is no part of the duration ({self.duration})")
+        return self
+
+    @model_validator(mode="after")
+    def _limits_come_before_the_time_out(self) -> Config:
+        for name in ("step_limit_s", "data_limit_s"):
+            limit = getattr(self.health, name)
+            if limit and limit >= self.engine.timeout_s:
+                raise ValueError(
+                    f"health.{name} ({limit}) must be less than engine.timeout_s ({self.engine.timeout_s}): a "
+                    "collective that times out first leaves no stacks"
+                )
         return self
 
     @model_validator(mode="after")

@@ -55,5 +55,13 @@ class RankMismatchError(MegablipError):
     """Ranks disagree on what they are about to do together."""
 
 
+class HangError(MegablipError):
+    """A step, a wait for data or a save takes longer than its limit."""
+
+
+class DivergenceError(MegablipError):
+    """Loss or gradient is not finite, step after step."""
+
+
 class CheckpointError(MegablipError):
     """A checkpoint that can't be written, verified or loaded."""

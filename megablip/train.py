@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -25,15 +24,18 @@ from megablip.checkpoint.export import ExportReader, file_hash, load_tower
 from megablip.checkpoint.slices import SliceReader, write_slices
 from megablip.config import Config, load_config
 from megablip.data.loader import Loader, StepBatch, micro_batches_per_step
-from megablip.engine.health import StopSignal
+from megablip.engine.determinism import make_deterministic
+from megablip.engine.guard import Guard, end_run
+from megablip.engine.health import HealthMonitor
 from megablip.engine.progress import Progress
 from megablip.engine.rng import restore_rng, rng_states
 from megablip.engine.schedule import learning_rates
+from megablip.engine.signals import StopSignal
 from megablip.engine.status import Outcome, RunStatus
-from megablip.engine.symmetry import StepReport, StepReports, calls_signature, exchange
+from megablip.engine.symmetry import StepReport, StepReports, exchange, raise_failure, report_of
 from megablip.engine.topology import Topology, init_distributed
 from megablip.engine.zero import ZeroEngine, complete_ds_config
-from megablip.errors import CheckpointError, MegablipError, RankMismatchError
+from megablip.errors import CheckpointError, MegablipError
 from megablip.metrics.recorder import Recorder
 from megablip.model.attention import select_backend
 from megablip.model.blip3 import Blip3Config, Blip3ForConditionalGeneration
@@ -41,25 +43,21 @@ from megablip.model.vision import encode_tiles
 
 
 def main() -> None:
-    stop, rank, status = StopSignal().install(), "?", None
+    stop, guard = StopSignal().install(), None
     try:
         config = load_config(sys.argv[1])
+        if config.deterministic:
+            make_deterministic()
         topology = init_distributed(config.engine.timeout_s, config.engine.threads)
-        rank = topology.rank
         if topology.is_first:
-            status = RunStatus(Path(config.run_dir))
-            status.begin(topology.world)
-        run(config, topology, status, stop)
+            RunStatus(Path(config.run_dir)).begin(topology.world)
+        guard = Guard(config, topology)
+        run(config, topology, guard, stop)
     except Exception as error:
-        known = isinstance(error, MegablipError)
-        text = f"{type(error).__name__}: {error}" if known else traceback.format_exc()
-        print(f"[rank {rank}] {text}", file=sys.stderr, flush=True)
-        if status:
-            status.update(outcome="failed", reason=f"{type(error).__name__}: {error}")
-        sys.exit(1)
+        end_run(error, guard)
 
 
-def run(config: Config, topology: Topology, status: RunStatus | None, stop: StopSignal) -> None:
+def run(config: Config, topology: Topology, guard: Guard, stop: StopSignal) -> None:
     """Build the parts, begin or resume, train, save."""
     run_dir, say = Path(config.run_dir), _speaker(topology)
     torch.manual_seed(config.seed + topology.rank)
@@ -99,11 +97,16 @@ def run(config: Config, topology: Topology, status: RunStatus | None, stop: Stop
             tower = load_tower(export, model_config.vision_config, dtype, topology.device)
 
         recorder = Recorder(config, model_config, topology, engine.module, tower, loader, progress)
-        trainer = Trainer(config, topology, engine, tower, loader, store, base, progress, recorder, stop, say)
+        guard.watch(engine.module)
+        health = HealthMonitor(config, topology, progress.step, base, say, recorder.note)
+        trainer = Trainer(
+            config, topology, engine, tower, loader, store, base, progress, recorder, stop, guard, health, say
+        )
         outcome = trainer.train()
     recorder.close()
-    if status:
-        status.update(outcome=outcome, last_step=progress.step)
+    if topology.is_first:
+        RunStatus(run_dir).update(outcome=outcome, last_step=progress.step)
+    guard.close()
     say(f"{outcome} at step {progress.step}: {progress.tokens} tokens, {progress.documents} documents")
     say(f"waited for data {recorder.data_wait_share:.1%} of the loop's time")
     topology.leave()
@@ -133,6 +136,8 @@ class Trainer:
     progress: Progress
     recorder: Recorder
     stop: StopSignal
+    guard: Guard
+    health: HealthMonitor
     say: Callable[[str], None]
 
     def train(self) -> Outcome:
@@ -152,6 +157,7 @@ class Trainer:
                     self.save(lane_states)
                 except CheckpointError as error:
                     self.say(f"checkpoint not saved, training goes on: {error}")
+        self.health.close()
         if lane_states is not None:
             self.save(lane_states)
         return "finished" if self.finished else "stopped"
@@ -162,32 +168,26 @@ class Trainer:
         A rank that fails to get its share still takes part in the exchange, so
         that the others end with a reason instead of waiting for it.
         """
-        batch, failure, timer = None, None, self.recorder.timer
+        timer = self.recorder.timer
+        self.guard.begin_step(self.progress.step)
         try:
             with timer.part("data_wait"):
-                batch = next(self.loader)
+                batch, failure = next(self.loader), None
         except MegablipError as error:
-            failure = error
-        report = StepReport(
+            batch, failure = None, error
+        self.guard.enter("exchange")
+        report = report_of(
+            batch,
             step=self.progress.step,
             micro_batches=self.engine.micro_batches,
-            calls=calls_signature(batch.micro_batches) if batch else 0,
-            tokens=batch.tokens if batch else 0,
-            documents=batch.documents if batch else 0,
-            valid_labels=batch.valid_labels if batch else 0,
-            samples_done=batch.samples_done if batch else 0,
-            data_digest=batch.data_digest if batch else 0,
-            tiles=sum(len(micro_batch.tiles) for micro_batch in batch.micro_batches) if batch else 0,
             stop=int(bool(self.stop.received)),
-            failed=int(failure is not None),
+            **self.health.flags(),
         )
         with timer.part("exchange"):
             reports = exchange(report, self.topology)
-        if failure:
-            raise failure
         if reports.total.failed:
-            ranks = [rank for rank, failed in enumerate(reports.of("failed")) if failed]
-            raise RankMismatchError("another rank could not get its data; its message says why", where=f"ranks {ranks}")
+            raise_failure(failure, self.topology)
+        self.health.review(reports)
         return batch, reports
 
     def step(self, batch: StepBatch, total: StepReport) -> None:
@@ -197,6 +197,7 @@ class Trainer:
         labels of the *global* batch, however it is split into ranks and
         micro-batches: ZeRO averages over ranks, hence the factor `world`.
         """
+        self.guard.enter("step")
         config, progress, loader, part = self.config, self.progress, self.loader, self.recorder.timer.part
         rates = learning_rates(
             config.optimizer, config.duration,
@@ -206,12 +207,12 @@ class Trainer:
         sums = self.recorder.begin(batch)
         for micro_batch in batch.micro_batches:
             micro_batch = micro_batch.to(self.topology.device)
-            with part("vision"):
+            with part("vision"), self.health.local():
                 features = encode_tiles(self.tower, micro_batch.tiles) if self.tower else None
             with part("forward"):
                 losses = self.engine(packed=micro_batch, vision_features=features)
             with part("backward"):
-                self.engine.backward(losses.loss * scale)
+                self.engine.backward(losses.loss * self.health.factor(losses.loss, scale))
             with part("optimizer"):
                 self.engine.step(rates)
             sums.add(micro_batch, losses)
@@ -227,7 +228,7 @@ class Trainer:
             "grad_norm": self.engine.grad_norm,
             "learning_rate": rates["decoder"],
             **{f"learning_rate_by_part/{name}": rates[name] for name in config.optimizer.lr_by_part},
-            "step_skipped": float(not self.engine.was_step_applied),
+            **self.health.observe(progress.step, batch, sums.loss, applied=self.engine.was_step_applied),
         }
         self.recorder.end(sums, total, scalars)
 
@@ -244,6 +245,7 @@ class Trainer:
             "world": self.topology.world,
             "sources": [source.name for source in self.config.data.sources],
         }
+        self.guard.enter("save")
         with self.recorder.timer.part("save"):
             folder = self.store.save(
                 self.progress.step,

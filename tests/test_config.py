@@ -257,6 +257,16 @@ def test_sources_and_stages_that_contradict_themselves(changes, words):
         changed(**changes)
 
 
+@pytest.mark.parametrize("limit", ["step_limit_s", "data_limit_s"])
+def test_a_limit_lies_below_the_time_out(limit):
+    with pytest.raises(ConfigError, match=f"health.{limit} \\(60\\) must be less than engine.timeout_s \\(60\\)"):
+        changed(**{f"health__{limit}": 60, "engine__timeout_s": 60})
+
+
+def test_unset_limits_lie_below_the_time_out():
+    assert all(0 < limit < 60 for limit in changed(engine__timeout_s=60).health.limits_s(60).values())
+
+
 def test_weights_at_a_step():
     schedules = [[(0, 2.0)], [(0, 0.0), (5, 1.0), (9, 3.0)]]
     assert [weights_at(schedules, step) for step in (0, 4, 5, 8, 9, 99)] == [
@@ -282,6 +292,15 @@ OPERATIONAL = {
     "checkpoint__every_steps": 7,
     "checkpoint__keep": 9,
     "log__every_steps": 2,
+    "deterministic": True,
+    "engine__debug_collectives": True,
+    "health__max_skipped_in_a_row": 3,
+    "health__spike_deviations": 5.0,
+    "health__spike_window_steps": 16,
+    "health__step_limit_s": 5,
+    "health__data_limit_s": 5,
+    "health__straggler_every_steps": 5,
+    "health__straggler_ratio": 2.0,
 }
 IDENTITY = {
     "seed": 1,

@@ -54,7 +54,16 @@ class RunStatus:
         except OSError as error:
             print(f"the status can't be written: {error}", file=sys.stderr, flush=True)
 
+    def fail(self, reason: str) -> None:
+        """Note why the newest attempt failed, unless a rank has done so before; any rank may call it.
+
+        What follows the first failure, such as lost connections, explains less.
+        """
+        attempts = self.attempts
+        if attempts and attempts[-1].get("outcome") == "running":
+            self.update(outcome="failed", reason=reason)
+
     def _write(self, attempts: list[dict[str, Any]]) -> None:
-        temporary = self._path.with_suffix(".tmp")
+        temporary = self._path.with_suffix(f".{socket.gethostname()}.{os.getpid()}.tmp")  # ranks may fail together
         temporary.write_text(json.dumps({"attempts": attempts}, indent=1))
         os.replace(temporary, self._path)

@@ -11,10 +11,12 @@ from __future__ import annotations
 import hashlib
 from dataclasses import astuple, dataclass, fields
 from functools import cached_property
-from typing import Any
+from importlib import metadata
+from typing import Any, NoReturn
 
+from megablip.data.loader import StepBatch
 from megablip.engine.topology import Topology
-from megablip.errors import RankMismatchError
+from megablip.errors import MegablipError, RankMismatchError
 from megablip.records import DIGESTS, MicroBatch
 
 
@@ -102,9 +104,40 @@ def exchange(report: StepReport, topology: Topology) -> StepReports:
     return reports
 
 
+def report_of(batch: StepBatch | None, **fields: int) -> StepReport:
+    """This rank's report on its share of the next step; None if it could not get it."""
+    if batch is None:
+        return StepReport(failed=1, **fields)
+    return StepReport(
+        calls=calls_signature(batch.micro_batches),
+        tokens=batch.tokens,
+        documents=batch.documents,
+        valid_labels=batch.valid_labels,
+        samples_done=batch.samples_done,
+        data_digest=batch.data_digest,
+        tiles=sum(len(micro_batch.tiles) for micro_batch in batch.micro_batches),
+        **fields,
+    )
+
+
+def raise_failure(failure: MegablipError | None, topology: Topology) -> NoReturn:
+    """End all ranks with what kept some from getting their data (a collective)."""
+    texts = topology.gather(failure and f"{type(failure).__name__}: {failure}")
+    if failure:
+        raise failure
+    rank, text = next((rank, text) for rank, text in enumerate(texts) if text)
+    raise RankMismatchError(f"rank {rank} could not get its data: {text}")
+
+
 def signature(*facts: Any) -> int:
     """63 bits that differ where facts do; facts are compared by their text."""
     return int.from_bytes(hashlib.sha256(repr(facts).encode()).digest()[:8]) >> 1
+
+
+def setup_signature(*facts: Any) -> int:
+    """Of facts and of the versions that compute with them."""
+    packages = ("megablip", "torch", "deepspeed", "transformers")
+    return signature(*facts, *[metadata.version(package) for package in packages])
 
 
 def calls_signature(micro_batches: list[MicroBatch]) -> int:

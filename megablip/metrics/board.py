@@ -46,6 +46,13 @@ class Board:
         except OSError as error:
             self._report(error)
 
+    def note(self, step: int, name: str, text: str) -> None:
+        """Words about a step, for TensorBoard's text page."""
+        try:
+            self._tensorboard.add_text(name, text, step)
+        except OSError as error:
+            self._report(error)
+
     def close(self) -> None:
         for writer in (self._stream, self._tensorboard):
             try:

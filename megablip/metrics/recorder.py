@@ -108,6 +108,11 @@ class Recorder:
             facts["tokens/s"] = f"{self._rates['tokens_per_s']:,.0f}"
         self._line.show(step, self._progress.share_of(self._config.duration), facts)
 
+    def note(self, step: int, name: str, text: str) -> None:
+        """Words about a step, for TensorBoard; on the first rank."""
+        if self._board:
+            self._board.note(step, name, text)
+
     def close(self) -> None:
         if self._board:
             self._board.close()

@@ -118,10 +118,12 @@ def _flash_attn(q, k, v, *, layout: PackedLayout, causal: bool, scale: float, wi
         softmax_scale=scale,
         causal=causal,
         window_size=(window - 1, 0) if window is not None else (-1, -1),
+        deterministic=torch.are_deterministic_algorithms_enabled(),
     )
 
 
 def _torch_varlen(q, k, v, *, layout: PackedLayout, causal: bool, scale: float, window: int | None) -> Tensor:
+    # Its backward looks at torch's flag of determinism by itself.
     from torch.nn.attention.varlen import varlen_attn
 
     return varlen_attn(
