@@ -38,7 +38,7 @@ def schedule_factor(
     epochs: float = 0.0,
     step_tokens: int = 0,
 ) -> float:
-    """Share of the peak, in (0, 1]: the lower of warmup and decay.
+    """Share of the peak, at most 1: the lower of warmup and decay.
 
     The decay begins where the warmup ends, if both are counted in one unit;
     in different units that place is not known beforehand, and it begins with
@@ -58,13 +58,13 @@ def schedule_factor(
         first = duration.value - config.decay.value
     done = duration.done(steps=step, tokens=tokens, epochs=epochs) * duration.value
     progress = min(1.0, max(0.0, done - first) / max(duration.value - first, 1))
-    return min(rise, config.min_lr_ratio + (1.0 - config.min_lr_ratio) * _remaining(config.schedule, progress))
+    return min(rise, 1.0 - (1.0 - config.min_lr_ratio) * _fall(config.schedule, progress))
 
 
-def _remaining(schedule: str, progress: float) -> float:
-    """From 1 at progress 0 to 0 at progress 1."""
+def _fall(schedule: str, progress: float) -> float:
+    """From 0 at progress 0 to 1 at progress 1, but for a constant schedule."""
     if schedule == "constant":
-        return 1.0
+        return 0.0
     if schedule == "cosine":
-        return 0.5 * (1.0 + math.cos(math.pi * progress))
-    return 1.0 - progress
+        return 0.5 * (1.0 - math.cos(math.pi * progress))
+    return progress
