@@ -62,7 +62,11 @@ class Duration(Section):
 
     def done(self, *, steps: int, tokens: int, epochs: float = 0.0) -> float:
         """Share of this duration that `steps`, `tokens` or `epochs` make up (may pass 1)."""
-        return {"steps": steps, "tokens": tokens, "epochs": epochs}[self.unit] / max(self.value, 1)
+        return self.count(steps=steps, tokens=tokens, epochs=epochs) / max(self.value, 1)
+
+    def count(self, *, steps: int, tokens: int, epochs: float = 0.0) -> float:
+        """Which of the three this duration counts."""
+        return {"steps": steps, "tokens": tokens, "epochs": epochs}[self.unit]
 
 
 SchemaName = Literal["caption", "interleaved", "ocr", "grounding", "conversation", "text", "preference", "safety"]

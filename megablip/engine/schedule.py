@@ -56,7 +56,7 @@ def schedule_factor(
         first = warmup.value if warmup.unit == duration.unit else 0
     if config.decay:
         first = duration.value - config.decay.value
-    done = duration.done(steps=step, tokens=tokens, epochs=epochs) * duration.value
+    done = duration.count(steps=step, tokens=tokens, epochs=epochs)
     progress = min(1.0, max(0.0, done - first) / max(duration.value - first, 1))
     return min(rise, 1.0 - (1.0 - config.min_lr_ratio) * _fall(config.schedule, progress))
 
