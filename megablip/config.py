@@ -217,6 +217,8 @@ class CheckpointConfig(Section):
     every_steps: int = operational(500, gt=0)
     keep: int = operational(3, ge=2)
     """Committed checkpoints that stay; never fewer than two."""
+    every_minutes: float | None = operational(None, gt=0)
+    """Save also when so much time has passed since the last save began, by the first rank's clock."""
 
 
 class LogConfig(Section):
@@ -258,8 +260,10 @@ class Config(Section):
     """Training ends at the first step edge at or past this."""
     resume: Literal["auto", "never"] = operational("auto")
     """auto: go on from the newest committed checkpoint of run_dir, if any."""
-    allow_changes: list[Literal["data.sources"]] = operational([])
-    """Identity fields that may differ from the run directory's: sources may be added, removed, weighed anew."""
+    allow_changes: list[Literal["data.sources", "duration", "optimizer", "model.path", "tokenizer"]] = operational([])
+    """What may differ from what the run directory was made with: sources may be added, removed, weighed anew;
+    the duration and the optimizer's settings hold from the next step on; model.path: the folder that the run
+    began with, or its weights; tokenizer: its tokenizer.json."""
     deterministic: bool = operational(False)
     """Only algorithms that give the same bits each time; slower on GPUs."""
     stop_after_steps: int | None = operational(None, gt=0)
@@ -363,6 +367,19 @@ def identity_changes(old: Config, new: Config) -> list[str]:
         for key in sorted(before | after)
         if before.get(key) != after.get(key)
     ]
+
+
+def refuse_changes(old: Config, new: Config, where: str) -> None:
+    """Raises ConfigError if `new` is another run than `old`, but for what its `allow_changes` names."""
+    allowed = tuple(new.allow_changes)
+    changes = [change for change in identity_changes(old, new) if not change.startswith(allowed)]
+    if changes:
+        raise ConfigError(
+            "the run directory belongs to another recipe; changed:\n    " + "\n    ".join(changes),
+            where=where,
+            remedy="choose another run_dir, undo the changes, or name them: allow_changes takes data.sources, "
+            "duration, optimizer, model.path, tokenizer",
+        )
 
 
 def _identity(section: Section, prefix: str = "") -> dict[str, str]:

@@ -18,7 +18,7 @@ from types import FrameType
 
 import psutil
 
-from megablip.config import Config, dump_config, identity_changes, load_config
+from megablip.config import Config, dump_config, load_config, refuse_changes
 from megablip.data.samples import index_sources
 from megablip.data.shards import expand_shards
 from megablip.engine.status import EXIT_CODES, RunStatus
@@ -84,17 +84,7 @@ def prepare_run(config: Config) -> Path:
             remedy="choose another run_dir, or resume=auto to go on",
         )
     if has_checkpoints and path.exists():
-        changes = [
-            change
-            for change in identity_changes(load_config(path), config)
-            if not change.startswith(tuple(config.allow_changes))
-        ]
-        if changes:
-            raise ConfigError(
-                "the run directory belongs to another recipe; changed:\n    " + "\n    ".join(changes),
-                where=str(run_dir),
-                remedy="choose another run_dir, or undo the changes; allow_changes=[data.sources] lets sources change",
-            )
+        refuse_changes(load_config(path), config, str(run_dir))
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")

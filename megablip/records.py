@@ -262,8 +262,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class LocalSlice:
     """The flat elements [start, end) of a parameter that a rank owns.
 
-    `tensors` maps MASTER and MOMENTS to fp32 vectors of length end - start,
-    on the host.
+    `tensors` maps MASTER and MOMENTS to fp32 vectors of length end - start.
     """
 
     name: str

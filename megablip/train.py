@@ -12,30 +12,30 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from megablip.checkpoint.commit import CheckpointStore
 from megablip.checkpoint.export import ExportReader, file_hash, load_tower
-from megablip.checkpoint.slices import SliceReader, write_slices
+from megablip.checkpoint.saver import Saver
+from megablip.checkpoint.slices import SliceReader
 from megablip.config import Config, load_config
 from megablip.data.loader import Loader, StepBatch, micro_batches_per_step
 from megablip.engine.determinism import make_deterministic
 from megablip.engine.guard import Guard, end_run
 from megablip.engine.health import HealthMonitor
 from megablip.engine.progress import Progress
-from megablip.engine.rng import restore_rng, rng_states
+from megablip.engine.rng import restore_rng
 from megablip.engine.schedule import learning_rates
 from megablip.engine.signals import StopSignal
 from megablip.engine.status import Outcome, RunStatus
 from megablip.engine.symmetry import StepReport, StepReports, exchange, raise_failure, report_of
 from megablip.engine.topology import Topology, init_distributed
 from megablip.engine.zero import ZeroEngine, complete_ds_config
-from megablip.errors import CheckpointError, MegablipError
+from megablip.errors import MegablipError
 from megablip.metrics.recorder import Recorder
 from megablip.model.attention import select_backend
 from megablip.model.blip3 import Blip3Config, Blip3ForConditionalGeneration
@@ -69,7 +69,7 @@ def run(config: Config, topology: Topology, guard: Guard, stop: StopSignal) -> N
     checkpoint = store.newest(say) if config.resume == "auto" else None
     progress, lane_states = Progress(), None
     if checkpoint:
-        checkpoint.check_base(base, config.model.path)
+        checkpoint.check(config, base)
         progress, lane_states = Progress(**checkpoint.trainer_state["progress"]), checkpoint.lane_states()
 
     # The loader's processes read ahead while the engine is built.
@@ -99,9 +99,8 @@ def run(config: Config, topology: Topology, guard: Guard, stop: StopSignal) -> N
         recorder = Recorder(config, model_config, topology, engine.module, tower, loader, progress)
         guard.watch(engine.module)
         health = HealthMonitor(config, topology, progress.step, base, say, recorder.note)
-        trainer = Trainer(
-            config, topology, engine, tower, loader, store, base, progress, recorder, stop, guard, health, say
-        )
+        saver = Saver(config, store, engine, progress, topology, base, say)
+        trainer = Trainer(config, topology, engine, tower, loader, saver, progress, recorder, stop, guard, health, say)
         outcome = trainer.train()
     recorder.close()
     if topology.is_first:
@@ -131,8 +130,7 @@ class Trainer:
     engine: ZeroEngine
     tower: torch.nn.Module | None  # None where it is trained, inside the engine
     loader: Loader
-    store: CheckpointStore
-    base: dict[str, str]  # hashes of what the run began with
+    saver: Saver
     progress: Progress
     recorder: Recorder
     stop: StopSignal
@@ -152,14 +150,12 @@ class Trainer:
                 break
             self.step(batch, total)
             lane_states = batch.lane_states
-            if self.progress.step % self.config.checkpoint.every_steps == 0 and not self.finished:
-                try:
-                    self.save(lane_states)
-                except CheckpointError as error:
-                    self.say(f"checkpoint not saved, training goes on: {error}")
+            self.guard.enter("save")
+            with self.recorder.timer.part("save"):
+                self.saver.maybe_save(total, lane_states)
         self.health.close()
-        if lane_states is not None:
-            self.save(lane_states)
+        self.guard.enter("save")
+        self.saver.finish(lane_states)
         return "finished" if self.finished else "stopped"
 
     def fetch(self) -> tuple[StepBatch, StepReports]:
@@ -182,6 +178,7 @@ class Trainer:
             micro_batches=self.engine.micro_batches,
             stop=int(bool(self.stop.received)),
             **self.health.flags(),
+            **self.saver.report(),
         )
         with timer.part("exchange"):
             reports = exchange(report, self.topology)
@@ -229,31 +226,9 @@ class Trainer:
             "learning_rate": rates["decoder"],
             **{f"learning_rate_by_part/{name}": rates[name] for name in config.optimizer.lr_by_part},
             **self.health.observe(progress.step, batch, sums.loss, applied=self.engine.was_step_applied),
+            **self.saver.scalars(),
         }
         self.recorder.end(sums, total, scalars)
-
-    def save(self, lane_states: dict[int, np.ndarray]) -> None:
-        """Commit a checkpoint of this moment (a collective).
-
-        Raises:
-            CheckpointError: it could not be written; earlier ones are untouched.
-        """
-        trainer_state = {
-            "progress": asdict(self.progress),
-            "adam_step": self.engine.adam_step(),
-            "base": self.base,
-            "world": self.topology.world,
-            "sources": [source.name for source in self.config.data.sources],
-        }
-        self.guard.enter("save")
-        with self.recorder.timer.part("save"):
-            folder = self.store.save(
-                self.progress.step,
-                lambda path: write_slices(path, self.engine.local_slices(), rng_states()),
-                lane_states,
-                trainer_state,
-            )
-        self.say(f"saved {folder}")
 
     @property
     def share_done(self) -> float:

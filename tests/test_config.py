@@ -248,7 +248,7 @@ def test_share_done_counts_the_unit_of_the_duration():
             {"data__sources__0__weight": [[0, 1], [5, 0]], "data__sources__1__weight": [[0, 1], [7, 0]]},
             "from step 7 on no source has a weight",
         ),
-        ({"allow_changes": ["optimizer"]}, "allow_changes"),
+        ({"allow_changes": ["batch"]}, "allow_changes"),
         ({"data__sources__0__granularity": 7}, "granularity"),
     ],
 )
@@ -290,6 +290,7 @@ OPERATIONAL = {
     "engine__threads": 3,
     "engine__timeout_s": 5,
     "checkpoint__every_steps": 7,
+    "checkpoint__every_minutes": 0.5,
     "checkpoint__keep": 9,
     "log__every_steps": 2,
     "deterministic": True,

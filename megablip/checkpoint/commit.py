@@ -8,10 +8,24 @@
         COMMITTED                   SHA-256 of the manifest; written last
     RUN/checkpoints/latest          name of the newest committed step
 
-Everything is written to `step_N.tmp`, synced to disk, agreed on by all ranks,
-renamed, and only then committed; `latest` moves after that, old checkpoints go
-last.  A crash at any point leaves either the new checkpoint whole or the
-earlier ones untouched.
+Every rank writes its file to `step_N.tmp` and syncs it to disk; when all ranks
+know that of each other the first one adds the rest, renames the folder and only
+then commits it; `latest` moves after that, old checkpoints go last.  A crash at
+any point leaves either the new checkpoint whole or the earlier ones untouched.
+Until the commit a small `rank_00000.json` beside each rank's file carries its
+size, its hash and the states of the rank's lanes to the first rank, so that
+saving needs no collective.
+
+Why not torch.distributed.checkpoint (read and tried as of torch 2.13, 4 ranks):
+ -  `async_save` makes collectives in its thread (four a save): on the default
+    group it ran into training's and both timed out. Without them (`no_dist`, or
+    `use_collectives=False`) all ranks wrote one and the same safetensors file,
+    and the save reported success.
+ -  a DTensor's offsets follow from the world size. They fit ZeRO-3's pieces, but
+    not those of the flat buffers of ZeRO-1 and 2: a piece [2, 5) of 5 elements
+    was stored as [3, 6).
+ -  its own format unpickles `.metadata`; the safetensors one does not, but has no
+    table of files, no hash, no commit, and makes each file in memory a second time.
 """
 
 from __future__ import annotations
@@ -19,15 +33,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megablip.checkpoint.slices import rank_file
+from megablip.config import Config, parse_config, refuse_changes
 from megablip.engine.topology import Topology
 from megablip.errors import CheckpointError
 
@@ -52,23 +69,35 @@ class Checkpoint:
         with np.load(self.folder / _DATA_STATE, allow_pickle=False) as stored:
             return {int(name.removeprefix("lane_")): stored[name] for name in stored.files}
 
-    def check_base(self, base: dict[str, str], path: str) -> None:
-        """Raises CheckpointError if frozen weights or tokenizer are not those the run began with.
+    def check(self, config: Config, base: dict[str, str]) -> None:
+        """Raises an error if the run that would go on from here is another one.
 
         Args:
-            base: hashes by name, of what lies in `path` now.
+            config: the recipe now.
+            base: hashes of "model" and "tokenizer", of what lies in `model.path` now.
+
+        Raises:
+            ConfigError: an identity field changed and `allow_changes` does not name it.
+            CheckpointError: so did the model or the tokenizer that the run began with.
         """
+        refuse_changes(parse_config(self.trainer_state["config"], where=str(self.folder)), config, str(self.folder))
         for name, digest in base.items():
-            if self.trainer_state["base"][name] != digest:
+            change = "model.path" if name == "model" else name
+            if self.trainer_state["base"][name] != digest and change not in config.allow_changes:
                 raise CheckpointError(
                     f"the {name} is not the one this run began with",
-                    where=f"{path}, {self.folder}",
-                    remedy="give the folder the run began with, or start a new run_dir",
+                    where=f"{config.model.path}, {self.folder}",
+                    remedy="give the folder the run began with, start a new run_dir, or name the change: "
+                    f"allow_changes=[{change}]",
                 )
 
 
 class CheckpointStore:
-    """The checkpoints of one run. All public methods but `committed` are collectives.
+    """The checkpoints of one run.
+
+    `newest` and `save` are collectives. What an asynchronous save is made of is
+    not: `write` on each rank, then `commit`, or `sweep` after a failure, on the
+    first rank alone.
 
     Args:
         folder: RUN/checkpoints.
@@ -78,7 +107,75 @@ class CheckpointStore:
     def __init__(self, folder: Path, keep: int, topology: Topology):
         self._folder, self._keep, self._topology = folder, keep, topology
         self._damaged: set[Path] = set()
-        self._saved: set[Path] = set()
+
+    def path(self, step: int) -> Path:
+        return self._folder / f"step_{step:08d}"
+
+    def write(self, step: int, write_rank_file: Callable[[Path], None], lane_states: dict[int, np.ndarray]) -> None:
+        """Write this rank's part of a checkpoint; on return it is durable, and still no checkpoint.
+
+        Args:
+            write_rank_file: writes this rank's slices to the given path.
+            lane_states: of the lanes this rank owns.
+
+        Raises:
+            OSError: it can't be written.
+        """
+        staging = _staging(self.path(step))
+        staging.mkdir(parents=True, exist_ok=True)
+        path = staging / rank_file(self._topology.rank)
+        write_rank_file(path)
+        lanes = {lane: state.tolist() for lane, state in lane_states.items()}
+        part = {"file": _describe(path), "lanes": lanes}
+        _write_synced(staging / _part_file(self._topology.rank), json.dumps(part).encode())
+        _sync_folder(staging)
+
+    def commit(self, step: int, trainer_state: dict[str, Any]) -> None:
+        """Make a checkpoint of what all ranks have written: on the first rank, when every `write` has returned.
+
+        Raises:
+            OSError: it can't be written; earlier checkpoints are untouched.
+        """
+        final = self.path(step)
+        staging = _staging(final)
+        # What this run passed over as damaged must neither stand in for the new
+        # checkpoint of its step nor count among those that retention leaves.
+        for path in self._damaged | {final}:
+            (path / _COMMITTED).unlink(missing_ok=True)
+            if path.exists():
+                shutil.rmtree(path)
+        parts = [staging / _part_file(rank) for rank in range(self._topology.world)]
+        files, lanes = {}, {}
+        for path in parts:
+            part = json.loads(path.read_bytes())
+            files |= [part["file"]]
+            lanes |= {f"lane_{int(lane):05d}": np.array(state, np.int64) for lane, state in part["lanes"].items()}
+        with (staging / _DATA_STATE).open("wb") as stream:
+            np.savez(stream, **dict(sorted(lanes.items())))
+        trainer_state = {"format": FORMAT_VERSION, "step": step, "versions": _versions()} | trainer_state
+        (staging / _TRAINER_STATE).write_text(json.dumps(trainer_state, indent=1))
+        files |= dict(_describe(staging / name) for name in (_DATA_STATE, _TRAINER_STATE))
+        manifest = json.dumps({"format": FORMAT_VERSION, "files": files}, indent=1).encode()
+        _write_synced(staging / _MANIFEST, manifest)
+        for path in parts:
+            path.unlink()
+        _sync_folder(staging)
+        os.rename(staging, final)
+        _sync_folder(self._folder)
+        _write_synced(final / _COMMITTED, hashlib.sha256(manifest).hexdigest().encode())
+        _sync_folder(final)
+        _write_synced(self._folder / _LATEST, final.name.encode())
+        _sync_folder(self._folder)
+        for old in committed(self._folder)[: -self._keep]:
+            # Without its mark a half-deleted folder is no checkpoint.
+            (old / _COMMITTED).unlink()
+            shutil.rmtree(old)
+
+    def sweep(self) -> None:
+        """Delete what saves that failed or were killed have left: on the first rank, while no rank writes."""
+        for path in self._folder.glob("step_*"):
+            if not (path / _COMMITTED).exists():
+                shutil.rmtree(path, ignore_errors=True)
 
     def save(
         self,
@@ -87,41 +184,22 @@ class CheckpointStore:
         lane_states: dict[int, np.ndarray],
         trainer_state: dict[str, Any],
     ) -> Path:
-        """Write and commit one checkpoint.
-
-        Args:
-            write_rank_file: writes this rank's slices to the given path.
-            lane_states: of the lanes this rank owns.
-            trainer_state: the same on all ranks.
+        """Write and commit a checkpoint at once; all ranks wait. See `write` and `commit`.
 
         Raises:
             CheckpointError: on all ranks, if any could not write; earlier
-                checkpoints are untouched and training can go on.
+                checkpoints are untouched.
         """
-        final = self._folder / f"step_{step:08d}"
-        staging = final.with_suffix(".tmp")
-        if final in self._saved:
-            return final
-
-        def write() -> dict[str, Any]:
-            path = staging / rank_file(self._topology.rank)
-            write_rank_file(path)
-            return {"file": _describe(path), "lanes": lane_states}
-
+        first = self._topology.is_first
         try:
-            self._agree(lambda: self._prepare(final, staging), "prepare the folder")
-            parts = self._gather(write, "write the rank's file")
-            lanes = {lane: state for part in parts for lane, state in part["lanes"].items()}
-            files = dict(part["file"] for part in parts)
-            trainer_state = {"format": FORMAT_VERSION, "step": step, **trainer_state}
-            self._agree(lambda: self._commit(staging, final, files, lanes, trainer_state), "commit")
+            self._agree(self.sweep if first else lambda: None)
+            self._agree(lambda: self.write(step, write_rank_file, lane_states))
+            self._agree(lambda: self.commit(step, trainer_state) if first else None)
         except CheckpointError:
-            if self._topology.is_first:  # a full disk needs the room back
-                for path in _uncommitted(self._folder):
-                    shutil.rmtree(path, ignore_errors=True)
+            if first:
+                self.sweep()
             raise
-        self._saved.add(final)
-        return final
+        return self.path(step)
 
     def newest(self, report: Callable[[str], None]) -> Checkpoint | None:
         """The newest committed checkpoint whose files are what its manifest says.
@@ -150,74 +228,39 @@ class CheckpointStore:
             )
         return None
 
-    def _prepare(self, final: Path, staging: Path) -> None:
-        # What this run passed over as damaged must neither stand in for the new
-        # checkpoint of its step nor count among those that retention leaves.
-        for path in self._damaged | {final}:
-            (path / _COMMITTED).unlink(missing_ok=True)
-        for leftover in _uncommitted(self._folder):
-            shutil.rmtree(leftover)
-        staging.mkdir(parents=True)
+    def agree(self, failure: Exception | None) -> None:
+        """Compare how something went on all ranks (a collective).
 
-    def _commit(
-        self,
-        staging: Path,
-        final: Path,
-        files: dict[str, Any],
-        lanes: dict[int, np.ndarray],
-        trainer_state: dict[str, Any],
-    ) -> None:
-        with (staging / _DATA_STATE).open("wb") as stream:
-            np.savez(stream, **{f"lane_{lane:05d}": state for lane, state in sorted(lanes.items())})
-        (staging / _TRAINER_STATE).write_text(json.dumps(trainer_state, indent=1))
-        files |= dict(_describe(staging / name) for name in (_DATA_STATE, _TRAINER_STATE))
-        manifest = json.dumps({"format": FORMAT_VERSION, "files": files}, indent=1).encode()
-        _write_synced(staging / _MANIFEST, manifest)
-        _sync_folder(staging)
-        os.rename(staging, final)
-        _sync_folder(self._folder)
-        _write_synced(final / _COMMITTED, hashlib.sha256(manifest).hexdigest().encode())
-        _sync_folder(final)
-        _write_synced(self._folder / _LATEST, final.name.encode())
-        for old in committed(self._folder)[: -self._keep]:
-            # Without its mark a half-deleted folder is no checkpoint.
-            (old / _COMMITTED).unlink()
-            shutil.rmtree(old)
-
-    def _agree(self, act: Callable[[], Any], doing: str) -> Any:
-        """The first rank acts; all ranks get its result or its error."""
-        return self._gather(act if self._topology.is_first else lambda: None, doing)[0]
-
-    def _gather(self, act: Callable[[], Any], doing: str) -> list[Any]:
-        """All ranks act; all get every result, or an error if one failed."""
-        outcome, failure = None, None
-        try:
-            outcome = act()
-        except Exception as error:
-            failure = error
-        # A rank that failed for whatever reason takes part, or it would hang the others.
-        outcomes, errors = zip(*self._topology.gather((outcome, failure and str(failure))), strict=True)
+        Raises:
+            CheckpointError: on all ranks, if any could not write.
+            Exception: `failure` itself on its own rank, if it is not the file system's.
+        """
+        errors = self._topology.gather(failure and f"{type(failure).__name__}: {failure}")
         if failure and not isinstance(failure, OSError):
             raise failure
         failed = {rank: error for rank, error in enumerate(errors) if error}
         if failed:
             rank, error = next(iter(failed.items()))
             raise CheckpointError(
-                f"could not {doing}: {error}",
+                f"the checkpoint could not be written: {error}",
                 where=f"rank {rank}, {self._folder}",
                 remedy="free space or mend the file system; earlier checkpoints are untouched",
             )
-        return list(outcomes)
+
+    def _agree(self, act: Callable[[], None]) -> None:
+        """All ranks act; an error of one is everyone's."""
+        failure = None
+        try:
+            act()
+        except Exception as error:
+            failure = error
+        # A rank that failed for whatever reason takes part, or it would hang the others.
+        self.agree(failure)
 
 
 def committed(folder: Path) -> list[Path]:
     """Folders of committed checkpoints, oldest first; what is not committed does not count."""
     return sorted(path.parent for path in folder.glob(f"step_*/{_COMMITTED}"))
-
-
-def _uncommitted(folder: Path) -> list[Path]:
-    """What a save that failed or was killed left behind."""
-    return [path for path in folder.glob("step_*") if not (path / _COMMITTED).exists()]
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -265,7 +308,7 @@ def _verify(folder: Path, part: int, parts: int) -> str | None:
     """What is wrong with this part of the files, or None."""
     try:
         manifest = (folder / _MANIFEST).read_bytes()
-        if hashlib.sha256(manifest).hexdigest() != (folder / _COMMITTED).read_text():
+        if hashlib.sha256(manifest).hexdigest().encode() != (folder / _COMMITTED).read_bytes():
             return f"{_MANIFEST} does not match {_COMMITTED}"
         files = sorted(json.loads(manifest)["files"].items())
         for name, expected in files[part::parts]:
@@ -277,6 +320,21 @@ def _verify(folder: Path, part: int, parts: int) -> str | None:
     except (OSError, ValueError, KeyError) as error:
         return f"{type(error).__name__}: {error}"
     return None
+
+
+def _staging(final: Path) -> Path:
+    return final.with_suffix(".tmp")
+
+
+def _part_file(rank: int) -> str:
+    return f"rank_{rank:05d}.json"
+
+
+def _versions() -> dict[str, str]:
+    """Of all that the numbers of a checkpoint may depend on."""
+    return {"python": platform.python_version()} | {
+        name: version(name) for name in ("megablip", "torch", "deepspeed", "transformers")
+    }
 
 
 def _describe(path: Path, sync: bool = True) -> tuple[str, dict[str, Any]]:

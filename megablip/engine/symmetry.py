@@ -40,6 +40,10 @@ class StepReport:
     tiles: int = 0
     stop: int = 0  # 1 if this rank was asked to stop
     failed: int = 0  # 1 if this rank could not get its data
+    save_due: int = 0  # 1 if this rank's clock asks for a checkpoint
+    save_written: int = 0  # 1 if this rank has ended writing its part of the checkpoint in flight
+    save_committed: int = 0  # 1 if this rank has ended committing it
+    save_failed: int = 0  # 1 if what it ended so failed
     # Of the step before this one:
     nonfinite: int = 0  # micro-batches of this rank whose loss was not finite
     wants_keys: int = 0  # 1 if this rank wants that step's sample keys written down

@@ -143,14 +143,21 @@ class ZeroEngine:
         states = self._zero.optimizer.state.values()
         return max((int(state["step"]) for state in states if "step" in state), default=0)
 
+    def group_settings(self) -> list[dict[str, Any]]:
+        """Learning rate, weight decay and so on of each parameter group."""
+        return [
+            {key: value for key, value in group.items() if isinstance(value, bool | int | float | str | tuple)}
+            for group in self._zero.optimizer.param_groups
+        ]
+
     def local_slices(self) -> Iterator[LocalSlice]:
-        """Copies, on the host, of all that this rank owns; no collective."""
+        """All that this rank owns, where it lies: valid until the next step; no collective."""
         self._create_moments()
         for name, parameter, shape, start, end in self._owned():
             kinds = {MASTER: safe_get_local_fp32_param(parameter)}
             kinds |= {kind: safe_get_local_optimizer_state(parameter, kind) for kind in MOMENTS}
             # The partition of the last ranks ends in padding, which is nobody's.
-            tensors = {kind: value[: end - start].detach().to("cpu", copy=True) for kind, value in kinds.items()}
+            tensors = {kind: value[: end - start].detach() for kind, value in kinds.items()}
             yield LocalSlice(name, shape, start, end, tensors)
 
     def load(self, read: ReadSlice, *, moments: bool, adam_step: int = 0) -> None:

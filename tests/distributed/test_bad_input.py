@@ -54,7 +54,7 @@ def test_a_broken_image_is_skipped_and_listed(work):
 
 
 def test_a_full_disk_keeps_the_old_checkpoint_and_training_goes_on(work, small_disk):
-    recipe = runs.make_recipe(work, run_dir=str(small_disk), duration="6 steps", checkpoint__every_steps=2)
+    recipe = runs.make_recipe(work, run_dir=str(small_disk), duration="14 steps", checkpoint__every_steps=2)
     done = runs.train(recipe, check=1)
     kept = sorted(path.parent.name for path in small_disk.glob("checkpoints/*/COMMITTED"))
     assert kept, "the first checkpoint fits"
