@@ -62,4 +62,4 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_training_goes_on(work, small_d
     assert not list(small_disk.glob("checkpoints/*.tmp"))
     assert "training goes on" in done.stdout
     assert "free space" in done.stdout + done.stderr
-    assert len(read_metrics(small_disk)) == 6
+    assert len(read_metrics(small_disk)) == 14
