@@ -224,6 +224,32 @@ class CheckpointConfig(Section):
 class LogConfig(Section):
     every_steps: int = operational(1, gt=0)
     """Steps between two points in TensorBoard and metrics.jsonl."""
+    picture_every_steps: int = operational(500, ge=0)
+    """Steps between two pictures of a packed example in TensorBoard, from the first step on; 0: none."""
+    profile_steps: list[int] = operational([])
+    """Steps, counted from 1, whose torch.profiler trace of the first rank goes to RUN/profile."""
+
+
+class HeldOutConfig(Section):
+    """Data whose loss is measured on the way, never trained on."""
+
+    sources: list[SourceConfig] = operational([])
+    """As in `data`; their weights mix the sequences that are measured. None: nothing is held out."""
+    every_steps: int = operational(500, gt=0)
+    """Steps between two measurements; the end of the training is one too."""
+    batches: int = operational(1, gt=0)
+    """Global batches of each measurement, always the same ones; what the sources hold is used once at most."""
+
+    @field_validator("sources")
+    @classmethod
+    def _can_be_counted(cls, sources: list[SourceConfig]) -> list[SourceConfig]:
+        names = [source.name for source in sources]
+        if len(set(names)) != len(names):
+            raise ValueError(f"sources need distinct names, got {names}")
+        for source in sources:
+            if source.order == "shards" or isinstance(source.weight, list):
+                raise ValueError(f"{source.name}: held-out data has one weight and the order 'samples'")
+        return sources
 
 
 class HealthConfig(Section):
@@ -276,6 +302,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     health: HealthConfig = HealthConfig()
+    held_out: HeldOutConfig = operational(HeldOutConfig())
 
     @model_validator(mode="after")
     def _epochs_can_be_counted(self) -> Config:
@@ -324,6 +351,21 @@ class Config(Section):
                 "a rank without a lane has no data; use fewer ranks or more lanes"
             )
         return self
+
+
+def held_out_run(config: Config) -> Config | None:
+    """The run whose first batches are the held-out data of `config`: each sample once at most; None without any."""
+    held_out = config.held_out
+    if not held_out.sources:
+        return None
+    return config.model_copy(
+        update={
+            "run_dir": str(Path(config.run_dir) / "held_out"),
+            "duration": Duration(value=1, unit="epochs"),
+            "data": config.data.model_copy(update={"sources": held_out.sources}),
+            "allow_changes": [],
+        }
+    )
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:

@@ -18,12 +18,13 @@ from types import FrameType
 
 import psutil
 
-from megablip.config import Config, dump_config, load_config, refuse_changes
+from megablip.config import Config, dump_config, held_out_run, load_config, refuse_changes
 from megablip.data.samples import index_sources
 from megablip.data.shards import expand_shards
 from megablip.engine.status import EXIT_CODES, RunStatus
 from megablip.engine.topology import has_gpu
 from megablip.errors import ConfigError
+from megablip.metrics.startup import STARTED
 
 RESOLVED_CONFIG = "config.yaml"
 
@@ -37,6 +38,8 @@ def launch(recipe: Path, overrides: list[str]) -> int:
     config = load_config(recipe, overrides)
     config_path = prepare_run(config)
     index_sources(config.data)
+    if held_out := held_out_run(config):
+        index_sources(held_out.data)
     status = RunStatus(Path(config.run_dir))
     attempts_before = len(status.attempts)
     return_code, asked_to_stop = _run_ranks(config, config_path)
@@ -66,7 +69,7 @@ def prepare_run(config: Config) -> Path:
         ConfigError: no model, or the directory belongs to another recipe.
         ShardError: a source without shards.
     """
-    for source in config.data.sources:
+    for source in config.data.sources + config.held_out.sources:
         expand_shards(source.shards)
     if not (Path(config.model.path) / "config.json").exists():
         raise ConfigError(
@@ -144,6 +147,7 @@ def _rank_processes(launcher_pid: int) -> list[psutil.Process]:
 
 def _environment(config: Config) -> dict[str, str]:
     environment = dict(os.environ)
+    environment[STARTED] = str(psutil.Process().create_time())
     if config.engine.threads:
         environment["OMP_NUM_THREADS"] = str(config.engine.threads)
     # Idle OpenMP threads that spin would take the other ranks' cores.

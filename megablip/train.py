@@ -37,13 +37,14 @@ from megablip.engine.topology import Topology, init_distributed
 from megablip.engine.zero import ZeroEngine, complete_ds_config
 from megablip.errors import MegablipError
 from megablip.metrics.recorder import Recorder
+from megablip.metrics.startup import StartClock
 from megablip.model.attention import select_backend
 from megablip.model.blip3 import Blip3Config, Blip3ForConditionalGeneration
 from megablip.model.vision import encode_tiles
 
 
 def main() -> None:
-    stop, guard = StopSignal().install(), None
+    stop, guard, clock = StopSignal().install(), None, StartClock()
     try:
         config = load_config(sys.argv[1])
         if config.deterministic:
@@ -51,13 +52,14 @@ def main() -> None:
         topology = init_distributed(config.engine.timeout_s, config.engine.threads)
         if topology.is_first:
             RunStatus(Path(config.run_dir)).begin(topology.world)
+        clock.lap("JIT and rendezvous")
         guard = Guard(config, topology)
-        run(config, topology, guard, stop)
+        run(config, topology, guard, stop, clock)
     except Exception as error:
         end_run(error, guard)
 
 
-def run(config: Config, topology: Topology, guard: Guard, stop: StopSignal) -> None:
+def run(config: Config, topology: Topology, guard: Guard, stop: StopSignal, clock: StartClock) -> None:
     """Build the parts, begin or resume, train, save."""
     run_dir, say = Path(config.run_dir), _speaker(topology)
     torch.manual_seed(config.seed + topology.rank)
@@ -77,6 +79,7 @@ def run(config: Config, topology: Topology, guard: Guard, stop: StopSignal) -> N
         config, config.model.path, model_config.layout, topology.rank, topology.world, lane_states, progress.step,
         pin_memory=topology.device.type == "cuda",
     ) as loader:  # fmt: skip
+        clock.lap("checkpoint and loader")
         dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
         backend = select_backend(topology.device.type, dtype)
         say(f"attention: {backend.name} ({backend.reason})")
@@ -96,7 +99,8 @@ def run(config: Config, topology: Topology, guard: Guard, stop: StopSignal) -> N
         if not config.model.train_tower:
             tower = load_tower(export, model_config.vision_config, dtype, topology.device)
 
-        recorder = Recorder(config, model_config, topology, engine.module, tower, loader, progress)
+        clock.lap("engine")
+        recorder = Recorder(config, model_config, topology, engine, tower, loader, progress, clock)
         guard.watch(engine.module)
         health = HealthMonitor(config, topology, progress.step, base, say, recorder.note)
         saver = Saver(config, store, engine, progress, topology, base, say)

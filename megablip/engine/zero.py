@@ -113,6 +113,15 @@ class ZeroEngine:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._engine(*args, **kwargs)
 
+    @torch.no_grad()
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """A forward without gradient (a collective): weights, optimizer and counters stay what they are."""
+        self.module.eval()
+        try:
+            return self._engine(*args, **kwargs)
+        finally:
+            self.module.train()
+
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of `loss`, averaged over ranks, undivided by the micro-batches."""
         self._engine.backward(loss, scale_wrt_gas=False)

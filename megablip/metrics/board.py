@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -9,7 +10,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
+
+from megablip.metrics.layout import custom_scalars
 
 
 class Board:
@@ -33,6 +38,7 @@ class Board:
         self._stream = path.open("a", buffering=1)
         self._warned = False
         self._tensorboard.add_text("config", f"```yaml\n{config}```", start_step)
+        self._tensorboard.add_custom_scalars(custom_scalars())
 
     def write(self, step: int, scalars: dict[str, float], **words: str) -> None:
         """One point of each scalar; `words` go to metrics.jsonl alone.
@@ -41,8 +47,22 @@ class Board:
         """
         try:
             self._stream.write(json.dumps({"step": step, **scalars, **words}) + "\n")
-            for name, value in scalars.items():
-                self._tensorboard.add_scalar(name, value, step)
+            # One event for all: with 60 of them it takes 0.1 ms instead of 2.
+            values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+            self._tensorboard.file_writer.add_summary(Summary(value=values), step)
+        except OSError as error:
+            self._report(error)
+
+    def show(self, name: str, picture: Image.Image, step: int) -> None:
+        """A picture, in TensorBoard."""
+        png = io.BytesIO()
+        picture.save(png, "PNG")
+        image = Summary.Image(
+            height=picture.height, width=picture.width, colorspace=3, encoded_image_string=png.getvalue()
+        )
+        try:
+            summary = Summary(value=[Summary.Value(tag=name, image=image)])
+            self._tensorboard.file_writer.add_summary(summary, step)
         except OSError as error:
             self._report(error)
 

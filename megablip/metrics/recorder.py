@@ -22,23 +22,29 @@ from megablip.data.loader import Loader, StepBatch
 from megablip.engine.progress import Progress
 from megablip.engine.symmetry import StepReport
 from megablip.engine.topology import Topology
+from megablip.engine.zero import ZeroEngine
 from megablip.metrics.board import Board, ProgressLine
 from megablip.metrics.flops import ModelFlops, peak_flops
+from megablip.metrics.held_out import HeldOut
+from megablip.metrics.picture import draw_example
+from megablip.metrics.profiler import StepProfiler
+from megablip.metrics.startup import StartClock
 from megablip.metrics.sums import RankFacts, StepSums
 from megablip.metrics.timing import StepTimer
 from megablip.model.blip3 import Blip3Config
+from megablip.tokens import Tokenizer
 
 
 class Recorder:
     """Turns steps into points of curves, one every `log.every_steps`.
 
-    Times and rates of a point are means over the steps since the point before;
-    all else is that of its step.
+    Times and rates of a point are means over the steps since the point before,
+    the time for held-out data left out of the rates; all else is that of its step.
 
     Args:
-        model: that is trained.
         tower: the frozen one outside the model; None: it is trained inside.
         progress: where training stands; the loop moves it on before `end`.
+        clock: its last laps are the first data and the first step.
     """
 
     def __init__(
@@ -46,25 +52,31 @@ class Recorder:
         config: Config,
         model_config: Blip3Config,
         topology: Topology,
-        model: nn.Module,
+        engine: ZeroEngine,
         tower: nn.Module | None,
         loader: Loader,
         progress: Progress,
+        clock: StartClock,
     ):
         self._config, self._topology, self._loader, self._progress = config, topology, loader, progress
-        self._layout = model_config.layout
-        self._flops = ModelFlops.of(model, tower or model.vision_tower, model_config)
+        self._clock: StartClock | None = clock
+        self._flops = ModelFlops.of(engine.module, tower or engine.module.vision_tower, model_config)
         self._peak = peak_flops(torch.cuda.get_device_name()) if topology.device.type == "cuda" else None
         self._names = [source.name for source in config.data.sources]
         self._process = psutil.Process()
-        self._board = Board(Path(config.run_dir), progress.step, dump_config(config)) if topology.is_first else None
+        self._held_out = HeldOut(config, model_config, topology, engine, tower)
+        run_dir, first = Path(config.run_dir), topology.is_first
+        self._board = Board(run_dir, progress.step, dump_config(config)) if first else None
+        profiled = config.log.profile_steps if first else []
+        self._profiler = StepProfiler(profiled, run_dir / "profile", topology.device, progress.step + 1)
         self._line = ProgressLine()
+        self._tokenizer: Tokenizer | None = None
         self._rates: dict[str, float] = {}
         self._steps = self._tokens = 0
         self._step_flops = self._total_s = self._data_wait_s = 0.0
         self.timer = StepTimer(topology.device)
         if tower is None:
-            self.timer.watch(model.vision_tower, "vision", inside="forward")
+            self.timer.watch(engine.module.vision_tower, "vision", inside="forward")
 
     @property
     def data_wait_share(self) -> float:
@@ -73,6 +85,11 @@ class Recorder:
 
     def begin(self, batch: StepBatch) -> StepSums:
         """The sums of a step, to be added to."""
+        if self._clock:
+            self._clock.lap("first data")
+        pictures = self._config.log.picture_every_steps
+        if self._board and pictures and self._progress.step % pictures == 0:
+            self._show_example(batch)
         device = self._topology.device
         facts = RankFacts(host_bytes=self._process.memory_info().rss)
         if device.type == "cuda":
@@ -94,19 +111,30 @@ class Recorder:
         self._step_flops += self._flops.of_step(
             tokens=total.tokens, labels=total.valid_labels, pairs=sums.total.attended_pairs, tiles=sums.total.tiles
         )
-        step = self._progress.step
-        point = step % self._config.log.every_steps == 0
+        step, share = self._progress.step, self._progress.share_of(self._config.duration)
+        more = dict(scalars)
+        if self._held_out.is_due(step, finished=share >= 1):
+            with self.timer.part("held_out"):
+                more |= self._held_out.measure()
+        if self._clock:
+            self._clock.lap("first step")
+            more |= {f"start/{name.replace(' ', '_')}_s": seconds for name, seconds in self._clock.laps.items()}
+            if self._board:
+                print(self._clock, flush=True)
+            self._clock = None
+        point = step % self._config.log.every_steps == 0 or len(more) > len(scalars)
         if point:
             self._rates = self._take_rates()
+        self._profiler.next(step + 1)
         if not self._board:
             return
         if point:
-            scalars = self._of_step(sums, total) | dict(scalars) | self._rates
+            scalars = self._of_step(sums, total) | more | self._rates
             self._board.write(step, scalars, data_digest=f"{total.data_digest:016x}")
         facts = {"loss": f"{sums.loss:.4f}"}
         if self._rates:
             facts["tokens/s"] = f"{self._rates['tokens_per_s']:,.0f}"
-        self._line.show(step, self._progress.share_of(self._config.duration), facts)
+        self._line.show(step, share, facts)
 
     def note(self, step: int, name: str, text: str) -> None:
         """Words about a step, for TensorBoard; on the first rank."""
@@ -116,6 +144,12 @@ class Recorder:
     def close(self) -> None:
         if self._board:
             self._board.close()
+
+    def _show_example(self, batch: StepBatch) -> None:
+        self._tokenizer = self._tokenizer or Tokenizer(self._config.model.path)
+        title = f"step {self._progress.step + 1}, first micro-batch of the first rank"
+        picture = draw_example(batch.micro_batches[0], self._names, self._tokenizer, title)
+        self._board.show("packed example", picture, self._progress.step + 1)
 
     def _of_step(self, sums: StepSums, total: StepReport) -> dict[str, float]:
         progress, batch, samples = self._progress, self._config.batch, self._loader.samples
@@ -151,9 +185,10 @@ class Recorder:
         seconds, parts = self.timer.take()
         self._total_s += seconds
         self._data_wait_s += parts.get("data_wait", 0.0)
-        per_rank = self._step_flops / seconds / self._topology.world
+        training_s = seconds - parts.get("held_out", 0.0)
+        per_rank = self._step_flops / training_s / self._topology.world
         rates = {
-            "tokens_per_s": self._tokens / seconds,
+            "tokens_per_s": self._tokens / training_s,
             "tflops_per_s_per_rank": per_rank / 1e12,
             "data_wait_share": self.data_wait_share,
             "time/step_s": seconds / self._steps,

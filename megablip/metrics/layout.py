@@ -1,0 +1,44 @@
+"""What TensorBoard's page of custom scalars shows, in the order in which a run is judged."""
+
+from __future__ import annotations
+
+# Question -> chart -> tags, as regular expressions.
+QUESTIONS: dict[str, dict[str, list[str]]] = {
+    "1. Is it learning?": {
+        "loss, trained and held out": ["^loss$", "^held_out_loss$"],
+        "held-out loss by source": ["^held_out_loss_by_source/.*"],
+        "loss by source": ["^loss_by_source/.*"],
+        "learning rate": ["^learning_rate.*"],
+    },
+    "2. Is it healthy?": {
+        "gradient norm, before clipping": ["^grad_norm$"],
+        "steps and samples skipped": ["^step_skipped$", "^steps_skipped$", "^data/samples_skipped$"],
+        "memory, largest of the ranks": ["^memory/.*"],
+    },
+    "3. Is it fast?": {
+        "tokens a second": ["^tokens_per_s$"],
+        "MFU": ["^mfu$"],
+        "TFLOP/s of a rank": ["^tflops_per_s_per_rank$"],
+        "seconds of a step, by part": ["^time/.*"],
+        "share of the time waiting for data": ["^data_wait_share$"],
+    },
+    "4. Is the data right?": {
+        "epochs of each source": ["^epochs_by_source/.*"],
+        "tokens of each source": ["^tokens_by_source/.*"],
+        "share of visual tokens, padding and dummies": [
+            "^data/visual_token_share$",
+            "^data/padding_share$",
+            "^data/dummy_share$",
+        ],
+        "documents of a sequence": ["^data/documents_per_sequence$"],
+        "tiles of a rank, mean and largest": ["^data/tiles_per_rank_.*"],
+    },
+}
+
+
+def custom_scalars() -> dict[str, dict[str, list]]:
+    """QUESTIONS as SummaryWriter.add_custom_scalars takes them."""
+    return {
+        question: {title: ["Multiline", tags] for title, tags in charts.items()}
+        for question, charts in QUESTIONS.items()
+    }
