@@ -65,7 +65,7 @@ def test_a_point_accounts_for_its_step(recorded):
     for point in (first, last):
         parts = [value for name, value in point.items() if name.startswith("time/") and name != "time/step_s"]
         assert sum(parts) == pytest.approx(point["time/step_s"])
-    expected = {"data_wait", "exchange", "vision", "forward", "backward", "optimizer", "held_out", "other"}
+    expected = {"data_wait", "exchange", "vision", "forward", "backward", "optimizer", "save", "held_out", "other"}
     assert {name[5:-2] for name in last if name.startswith("time/")} == expected | {"step"}
     assert last["tokens_seen"] == sum(value for name, value in last.items() if name.startswith("tokens_by_source/"))
     assert last["images_by_source/text"] == 0 < last["images_by_source/caption"] == last["images_seen"]
