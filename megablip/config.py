@@ -195,8 +195,9 @@ class ModelConfig(Section):
     path: str
     """Folder of the Hugging Face export that the stage starts from."""
     train_tower: bool = False
-    """Train the vision tower too; else it is frozen, and stays whole on every rank."""
+    """Train the vision tower too, on all tiles of a micro-batch at once; else it is frozen, whole on every rank."""
     activation_checkpointing: bool = operational(False)
+    """Compute the activations of decoder and trained tower again in the backward, instead of keeping them."""
 
 
 class EngineConfig(Section):
