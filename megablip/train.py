@@ -25,6 +25,7 @@ from megablip.checkpoint.slices import SliceReader
 from megablip.config import Config, load_config
 from megablip.data.loader import Loader, StepBatch, micro_batches_per_step
 from megablip.engine.determinism import make_deterministic
+from megablip.engine.ds_config import complete_ds_config
 from megablip.engine.guard import Guard, end_run
 from megablip.engine.health import HealthMonitor
 from megablip.engine.progress import Progress
@@ -34,7 +35,7 @@ from megablip.engine.signals import StopSignal
 from megablip.engine.status import Outcome, RunStatus
 from megablip.engine.symmetry import StepReport, StepReports, exchange, raise_failure, report_of
 from megablip.engine.topology import Topology, init_distributed
-from megablip.engine.zero import ZeroEngine, complete_ds_config
+from megablip.engine.zero import ZeroEngine
 from megablip.errors import MegablipError
 from megablip.metrics.recorder import Recorder
 from megablip.metrics.startup import StartClock
@@ -84,7 +85,7 @@ def run(config: Config, topology: Topology, guard: Guard, stop: StopSignal, cloc
         backend = select_backend(topology.device.type, dtype)
         say(f"attention: {backend.name} ({backend.reason})")
         micro_batches = micro_batches_per_step(config, topology.world)
-        ds_config = complete_ds_config(config.engine, config.optimizer.clip_norm, micro_batches, topology.device.type)
+        ds_config = complete_ds_config(config.engine, config.optimizer.clip_norm, micro_batches, topology)
         say(f"DeepSpeed: {ds_config}")
         engine = ZeroEngine(partial(_build, model_config, config), ds_config, config.optimizer, topology)
         if checkpoint:

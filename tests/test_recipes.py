@@ -13,7 +13,8 @@ from transformers import AutoConfig, SiglipVisionConfig
 
 from megablip.checkpoint.convert import _read_settings
 from megablip.config import EngineConfig, load_config
-from megablip.engine.zero import complete_ds_config
+from megablip.engine.ds_config import complete_ds_config
+from megablip.engine.topology import Topology
 from megablip.errors import ConfigError
 from megablip.model.blip3 import Blip3Config, Blip3ForConditionalGeneration
 
@@ -22,6 +23,8 @@ YAMLS = sorted((REPOSITORY / "megablip" / "recipes").rglob("*.yaml"))
 RECIPES = [path for path in YAMLS if "stage" in yaml.safe_load(path.read_text())]
 MODELS = [path for path in YAMLS if path not in RECIPES]
 DS_CONFIGS = sorted((REPOSITORY / "ds_configs").glob("*.json"))
+ZERO3 = REPOSITORY / "ds_configs" / "zero3.json"
+ALONE = Topology(0, 1, 0, torch.device("cpu"))
 
 
 def ids(path: Path) -> str:
@@ -37,7 +40,7 @@ def test_there_are_some():
 @pytest.mark.parametrize("path", RECIPES, ids=ids)
 def test_a_recipe_loads(path):
     config = load_config(path)
-    complete_ds_config(config.engine, config.optimizer.clip_norm, micro_batches=1, device_type="cpu")
+    complete_ds_config(config.engine, config.optimizer.clip_norm, 1, ALONE)
 
 
 @pytest.mark.parametrize("path", MODELS, ids=ids)
@@ -67,23 +70,27 @@ def test_a_model_is_built(path):
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("path", DS_CONFIGS, ids=ids)
 def test_deepspeed_accepts_its_config(path, precision, device):
+    if (path.stem, precision) == ("zero0", "bf16"):
+        pytest.skip("refused, see below")
     engine = EngineConfig(ds_config=path.stem, precision=precision)
-    completed = complete_ds_config(engine, clip_norm=0.5, micro_batches=3, device_type=device)
+    completed = complete_ds_config(engine, 0.5, 3, Topology(0, 8, 0, torch.device(device), ranks_per_node=4))
     assert "auto" not in str(completed)
     read = DeepSpeedConfig(completed)
-    assert read.zero_config.stage == 3
+    assert str(int(read.zero_config.stage)) == path.stem.removeprefix("zero")[0]
     assert read.bfloat16_config.enabled == (precision == "bf16")
+    assert read.bfloat16_config.check_grad_overflow
     assert read.grad_accum_dtype == "fp32"
     assert read.gradient_accumulation_steps == 3
     assert read.gradient_clipping == 0.5
     assert read.train_micro_batch_size_per_gpu == 1
     assert read.zero_config.overlap_comm == (device == "cuda")
+    assert read.zero_config.zero_hpz_partition_size == (4 if path.stem == "zero3_hpz" else 1)
 
 
 def test_an_own_ds_config_keeps_what_it_sets(tmp_path):
     path = tmp_path / "mine.json"
-    path.write_text(DS_CONFIGS[0].read_text().replace('"overlap_comm": "auto"', '"overlap_comm": true'))
-    completed = complete_ds_config(EngineConfig(ds_config=str(path)), 1.0, 1, "cpu")
+    path.write_text(ZERO3.read_text().replace('"overlap_comm": "auto"', '"overlap_comm": true'))
+    completed = complete_ds_config(EngineConfig(ds_config=str(path)), 1.0, 1, ALONE)
     assert completed["zero_optimization"]["overlap_comm"] is True
 
 
@@ -91,7 +98,7 @@ def test_an_own_ds_config_keeps_what_it_sets(tmp_path):
     ("content", "words"),
     [
         ("{", "no JSON"),
-        ('{"bf16": {}, "zero_optimization": {"stage": 1}}', "ZeRO stage 1 is not supported"),
+        ('{"bf16": {}, "zero_optimization": {"stage": 4}}', "no ZeRO stage 4"),
         ("{}", "lacks the sections"),
         ("[]", "lacks the sections"),
         (None, "does not exist"),
@@ -102,19 +109,19 @@ def test_an_own_ds_config_that_is_wrong_is_refused(tmp_path, content, words):
     if content is not None:
         path.write_text(content)
     with pytest.raises(ConfigError, match=words) as caught:
-        complete_ds_config(EngineConfig(ds_config=str(path)), 1.0, 1, "cpu")
+        complete_ds_config(EngineConfig(ds_config=str(path)), 1.0, 1, ALONE)
     assert str(path) in caught.value.where
 
 
 def test_an_unknown_name_lists_the_known():
     with pytest.raises(ConfigError, match="does not exist") as caught:
-        complete_ds_config(EngineConfig(ds_config="zero9"), 1.0, 1, "cpu")
+        complete_ds_config(EngineConfig(ds_config="zero9"), 1.0, 1, ALONE)
     assert "zero3" in caught.value.remedy
 
 
 @pytest.mark.parametrize("key", ["gradient_accumulation_steps", "gradient_clipping"])
 def test_a_value_that_contradicts_the_recipe_is_refused(tmp_path, key):
     path = tmp_path / "mine.json"
-    path.write_text(json.dumps(json.loads(DS_CONFIGS[0].read_text()) | {key: 7}))
-    with pytest.raises(ConfigError, match=f"{key} is 7, the recipe makes it"):
-        complete_ds_config(EngineConfig(ds_config=str(path)), clip_norm=1.0, micro_batches=2, device_type="cpu")
+    path.write_text(json.dumps(json.loads(ZERO3.read_text()) | {key: 7}))
+    with pytest.raises(ConfigError, match=f"{key} is 7, megablip makes it"):
+        complete_ds_config(EngineConfig(ds_config=str(path)), 1.0, 2, ALONE)

@@ -7,10 +7,12 @@ them is there, so nothing falls back to MPI discovery.
 
 from __future__ import annotations
 
+import itertools
 import os
+import socket
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,6 +36,7 @@ class Topology:
     world: int
     local_rank: int
     device: Any  # torch.device
+    ranks_per_node: int = 1  # 1 too where nodes have different numbers of ranks
 
     @property
     def is_first(self) -> bool:
@@ -103,9 +106,20 @@ def init_distributed(timeout_s: int, threads: int = 0) -> Topology:
         timeout=timedelta(seconds=timeout_s),
         verbose=False,
     )
-    return Topology(
+    topology = Topology(
         rank=int(os.environ["RANK"]),
         world=int(os.environ["WORLD_SIZE"]),
         local_rank=local_rank,
         device=torch.device("cuda", local_rank) if on_gpu else torch.device("cpu"),
     )
+    return replace(topology, ranks_per_node=_ranks_per_node(topology.gather(socket.gethostname())))
+
+
+def _ranks_per_node(hosts: list[str]) -> int:
+    """Ranks of each node if all have the same number, side by side; else 1.
+
+    Args:
+        hosts: name of each rank's node, in rank order.
+    """
+    lengths = {len(list(run)) for _, run in itertools.groupby(hosts)}
+    return lengths.pop() if len(lengths) == 1 else 1

@@ -15,8 +15,9 @@ from megablip.checkpoint.commit import newest_committed
 from megablip.checkpoint.export import ExportReader, load_tower
 from megablip.checkpoint.slices import SliceReader
 from megablip.config import load_config
+from megablip.engine.ds_config import complete_ds_config
 from megablip.engine.topology import Topology
-from megablip.engine.zero import ZeroEngine, complete_ds_config
+from megablip.engine.zero import ZeroEngine
 from megablip.model.blip3 import Blip3Config, Blip3ForConditionalGeneration
 
 
@@ -24,7 +25,7 @@ def compare(topology: Topology, run_dir: str, export: str) -> dict[str, Any]:
     """Weights of the trainer's engine and of its bf16 export, and what both generate."""
     config = load_config(Path(run_dir) / "config.yaml")
     model_config = Blip3Config.from_pretrained(config.model.path)
-    ds_config = complete_ds_config(config.engine, 1.0, 1, "cpu")
+    ds_config = complete_ds_config(config.engine, 1.0, 1, topology)
     engine = ZeroEngine(
         lambda: Blip3ForConditionalGeneration(model_config, with_vision_tower=False),
         ds_config,

@@ -13,8 +13,9 @@ from transformers.models.phi3.modeling_phi3 import Phi3Config, Phi3RotaryEmbeddi
 from megablip.checkpoint.commit import CheckpointStore
 from megablip.checkpoint.slices import SliceReader, write_slices
 from megablip.config import PARTS, EngineConfig, OptimizerConfig
+from megablip.engine.ds_config import complete_ds_config
 from megablip.engine.topology import Topology
-from megablip.engine.zero import ZeroEngine, complete_ds_config
+from megablip.engine.zero import ZeroEngine
 
 
 class Toy(nn.Module):
@@ -41,7 +42,7 @@ def initial(name: str, kind: str, shape: tuple[int, ...], start: int, end: int) 
 
 
 def make_engine(topology: Topology, precision: str) -> ZeroEngine:
-    ds_config = complete_ds_config(EngineConfig(precision=precision), clip_norm=1.0, micro_batches=1, device_type="cpu")
+    ds_config = complete_ds_config(EngineConfig(precision=precision), clip_norm=1.0, micro_batches=1, topology=topology)
     ds_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     return ZeroEngine(Toy, ds_config, OptimizerConfig(lr=0.01, weight_decay=0.1), topology)
 
