@@ -53,7 +53,7 @@ def test_warmup_is_linear_and_ends_at_the_peak(recipe):
     config, duration, warmup, _, _ = recipe
     for step in range(warmup):
         assert factor(config, duration, step) == pytest.approx((step + 1) / warmup)
-    assert factor(config, duration, warmup) == 1.0
+    assert factor(config, duration, warmup) == pytest.approx(1.0)
 
 
 @given(recipes())
