@@ -26,8 +26,9 @@ def compare(topology: Topology, run_dir: str, export: str) -> dict[str, Any]:
     config = load_config(Path(run_dir) / "config.yaml")
     model_config = Blip3Config.from_pretrained(config.model.path)
     ds_config = complete_ds_config(config.engine, 1.0, 1, topology)
+    trained = config.model.train_tower
     engine = ZeroEngine(
-        lambda: Blip3ForConditionalGeneration(model_config, with_vision_tower=False),
+        lambda: Blip3ForConditionalGeneration(model_config, with_vision_tower=trained, train_tower=trained),
         ds_config,
         config.optimizer,
         topology,
@@ -46,8 +47,10 @@ def compare(topology: Topology, run_dir: str, export: str) -> dict[str, Any]:
     inputs = processor(text=["<image>red", "blue", "<image>far <image>"], images=[buffer.getvalue()] * 3)
     options = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12}
     with engine.whole_module() as module:
-        module.vision_tower = tower
+        if not trained:
+            module.vision_tower = tower
         inside = module.generate(**inputs, **options).tolist()
-        module.vision_tower = None
+        if not trained:
+            module.vision_tower = None
     outside = exported.generate(**inputs, **options).tolist()
     return {"weights_equal": equal, "trainer": inside, "export": outside}
