@@ -8,10 +8,13 @@ the ranks directly, and the outcome is read from RUN/status.json.
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -24,7 +27,7 @@ from megablip.data.shards import expand_shards
 from megablip.engine.status import EXIT_CODES, RunStatus
 from megablip.engine.topology import has_gpu
 from megablip.errors import ConfigError
-from megablip.metrics.startup import STARTED
+from megablip.metrics.startup import STARTED, process_age_s
 
 RESOLVED_CONFIG = "config.yaml"
 
@@ -100,9 +103,20 @@ def prepare_run(config: Config) -> Path:
 
 def launcher_command(config: Config, config_path: Path) -> list[str]:
     """The deepspeed launcher's command line for this machine."""
+    # Its half for one node; the half that searches for nodes would import torch and DeepSpeed once more.
+    ranks = config.engine.ranks
+    given = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
+    if given and len(given) < ranks:
+        raise ConfigError(
+            f"{ranks} ranks need as many GPUs, but CUDA_VISIBLE_DEVICES leaves {len(given)}",
+            where="engine.ranks",
+            remedy="start fewer ranks, or let them see more GPUs",
+        )
+    nodes = {"localhost": given[:ranks] or list(range(ranks))}
     return [
-        sys.executable, "-m", "deepspeed.launcher.runner", "--quiet",
-        "--num_gpus", str(config.engine.ranks), "--master_port", str(_free_port()),
+        sys.executable, "-m", "deepspeed.launcher.launch", "--quiet",
+        f"--world_info={base64.urlsafe_b64encode(json.dumps(nodes).encode()).decode()}",
+        "--master_port", str(_free_port()),
         "--no_local_rank", "--module", "megablip.train", str(config_path),
     ]  # fmt: skip
 
@@ -146,8 +160,7 @@ def _rank_processes(launcher_pid: int) -> list[psutil.Process]:
 
 
 def _environment(config: Config) -> dict[str, str]:
-    environment = dict(os.environ)
-    environment[STARTED] = str(psutil.Process().create_time())
+    environment = os.environ | {STARTED: str(time.time() - process_age_s())}
     if config.engine.threads:
         environment["OMP_NUM_THREADS"] = str(config.engine.threads)
     # Idle OpenMP threads that spin would take the other ranks' cores.

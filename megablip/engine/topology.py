@@ -17,6 +17,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megablip.engine.startup import spare_builds
+
 # torch's and SLURM's name of each rendezvous variable, and its value when a
 # process was started by hand, alone.
 _RENDEZVOUS = {
@@ -41,6 +43,11 @@ class Topology:
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    def say(self, text: str) -> None:
+        """Prints on the first rank only."""
+        if self.is_first:
+            print(text, flush=True)
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's `value`, in rank order, on every rank. Small values only."""
@@ -97,6 +104,7 @@ def init_distributed(timeout_s: int, threads: int = 0) -> Topology:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
 
+    spare_builds()
     local_rank = int(os.environ["LOCAL_RANK"])
     if on_gpu:
         torch.cuda.set_device(local_rank)

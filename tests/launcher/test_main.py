@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import shlex
 import subprocess
 import sys
@@ -32,7 +34,8 @@ def test_the_printed_command_starts_the_ranks_of_the_resolved_recipe(tmp_path):
     done = run("print", str(recipe), *changes)
     assert done.returncode == 0, done.stderr
     words = shlex.split(done.stdout)
-    assert words[words.index("--num_gpus") + 1] == "3"
+    [world] = [word.removeprefix("--world_info=") for word in words if word.startswith("--world_info=")]
+    assert json.loads(base64.urlsafe_b64decode(world)) == {"localhost": [0, 1, 2]}
     assert words[-2:] == ["megablip.train", str(run_dir / "config.yaml")]
     assert load_config(words[-1]).engine.ranks == 3
 
