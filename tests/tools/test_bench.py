@@ -159,3 +159,21 @@ def test_the_step_bench_would_notice_documents_that_see_each_other():
     assert step.relative_error(gradients(step.transformers_loss(model, batch, features)), packed) < 0.02
     batch.position_ids = torch.arange(len(batch.input_ids))
     assert step.relative_error(gradients(step.transformers_loss(model, batch, features)), packed) > 0.1
+
+
+def test_the_overhead_of_a_step_is_what_is_not_the_model_with_data_ready():
+    engine = importlib.import_module("tools.bench.engine")
+    slow = {"time/step_s": 90.0, "time/forward_s": 90.0}
+    step = {"data_wait": 5.0, "exchange": 0.5, "vision": 2.0, "forward": 2.0, "backward": 4.0, "optimizer": 1.0}
+    point = {f"time/{name}_s": value for name, value in step.items()} | {"time/other_s": 0.5, "time/step_s": 15.0}
+    points = [{"step": number, **(slow if number <= engine.WARM_UP_STEPS else point)} for number in range(1, 20)]
+    parts = engine.split_of(points)
+    assert parts == step | {"other": 0.5}
+    assert engine.overhead_share(parts) == pytest.approx(1 / 10)
+
+
+def test_the_laps_of_a_start_are_those_of_the_first_point(tmp_path):
+    engine = importlib.import_module("tools.bench.engine")
+    lines = [{"step": 1, "start/imports_s": 4.0, "start/first_step_s": 1.0, "loss": 6.0}, {"step": 2, "loss": 5.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert engine.first_step(tmp_path) == {"imports": 4.0, "first step": 1.0}
