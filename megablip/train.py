@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from megablip.checkpoint.commit import CheckpointStore
-from megablip.checkpoint.export import ExportReader, file_hash, load_tower
+from megablip.checkpoint.export import ExportReader, load_tower
 from megablip.checkpoint.saver import Saver
 from megablip.checkpoint.slices import SliceReader
 from megablip.config import Config, load_config
@@ -66,8 +66,7 @@ def run(config: Config, topology: Topology, guard: Guard, stop: StopSignal, cloc
     torch.manual_seed(config.seed + topology.rank)
     model_config = Blip3Config.from_pretrained(config.model.path)
     export = ExportReader(config.model.path)
-    base = {"model": export.hash(), "tokenizer": file_hash(Path(config.model.path) / "tokenizer.json")}
-
+    base = export.hashes(topology)
     store = CheckpointStore(run_dir / "checkpoints", config.checkpoint.keep, topology)
     checkpoint = store.newest(say) if config.resume == "auto" else None
     progress, lane_states = Progress(), None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -23,3 +24,13 @@ def small_disk(tmp_path):
         pytest.skip("mounting a small file system is not allowed here")
     yield folder
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory) -> Path:
+    """The model and the shards that the small real runs share."""
+    from tests.distributed import runs
+
+    folder = tmp_path_factory.mktemp("work")
+    runs.make_start(folder)
+    return folder

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from megablip.engine.topology import Topology
 from megablip.errors import CheckpointError
 from megablip.model.vision import build_tower, freeze
 from megablip.records import MASTER
@@ -19,7 +20,7 @@ from megablip.records import MASTER
 VISION_TOWER = "vision_tower"
 """The tower's prefix in an export."""
 
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_SINGLE, _INDEX, _TOKENIZER = "model.safetensors", "model.safetensors.index.json", "tokenizer.json"
 
 
 class ExportReader:
@@ -71,11 +72,26 @@ class ExportReader:
         return stored[first:last].reshape(-1)[start - first * row : end - first * row].float()
 
     def hash(self) -> str:
-        """SHA-256 over names, sizes and bytes of the weight files."""
+        """SHA-256 over names and bytes of the weight files."""
+        return self._hash({name: file_hash(self.folder / name) for name in self._weight_files})
+
+    def hashes(self, topology: Topology) -> dict[str, str]:
+        """`hash` as "model", and that of the tokenizer as "tokenizer"; ranks share the work (a collective)."""
+        mine = [*self._weight_files, _TOKENIZER][topology.rank :: topology.world]
+        found: dict[str, str] = {}
+        for part in topology.gather({name: file_hash(self.folder / name) for name in mine}):
+            found |= part
+        return {"model": self._hash(found), "tokenizer": found[_TOKENIZER]}
+
+    @property
+    def _weight_files(self) -> list[str]:
+        return sorted(set(self._file_of.values()))
+
+    def _hash(self, hashes: dict[str, str]) -> str:
         digest = hashlib.sha256()
-        for name in sorted(set(self._file_of.values())):
+        for name in self._weight_files:
             digest.update(name.encode())
-            digest.update(file_hash(self.folder / name).encode())
+            digest.update(hashes[name].encode())
         return digest.hexdigest()
 
     def _stored(self, name: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
+from megablip.checkpoint import export
 from megablip.checkpoint.export import ExportReader, file_hash, load_tower
 from megablip.errors import CheckpointError
 from megablip.records import MASTER
+from tests.checkpoint.alone import Alone
 
 SHAPES = {"bias": (7,), "matrix": (5, 3), "latents": (2, 3, 4), "conv": (4, 3, 2, 2)}
 
@@ -69,6 +72,22 @@ def test_the_hash_depends_on_every_weight_file(tmp_path):
     tensors["conv"][0, 0, 0, 0] += 1
     write_sharded(tmp_path, tensors)
     assert ExportReader(tmp_path).hash() != before
+
+
+def test_ranks_share_the_hashing(tmp_path, monkeypatch):
+    write_sharded(tmp_path, weights())
+    (tmp_path / "tokenizer.json").write_text("{}")
+    alone, expected = ExportReader(tmp_path).hashes(Alone()), ExportReader(tmp_path).hash()
+    assert alone == {"model": expected, "tokenizer": file_hash(tmp_path / "tokenizer.json")}
+    hashed, real = [], file_hash
+    monkeypatch.setattr(export, "file_hash", lambda path: hashed.append(path.name) or real(path))
+    names = [*sorted(path.name for path in tmp_path.glob("*.safetensors")), "tokenizer.json"]
+    parts = [{name: real(tmp_path / name) for name in names[rank::2]} for rank in range(2)]
+    for rank in range(2):
+        hashed.clear()
+        topology = SimpleNamespace(rank=rank, world=2, gather=lambda mine: parts)
+        assert ExportReader(tmp_path).hashes(topology) == alone
+        assert hashed == names[rank::2]
 
 
 def test_a_folder_without_weights_is_refused(tmp_path):
