@@ -1,4 +1,4 @@
-"""The installed command: `megablip train | convert | eval | doctor`.
+"""The installed command: `megablip train | convert | eval | replay | doctor`.
 
 Heavy imports wait until a verb needs them, so that help and the errors of a
 recipe come at once.
@@ -7,6 +7,7 @@ recipe come at once.
 from __future__ import annotations
 
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,15 @@ import typer
 
 from megablip.engine.topology import announce_cpu
 from megablip.errors import MegablipError
+
+
+class Weights(StrEnum):
+    """What `replay` computes a loss with."""
+
+    step = "step"
+    checkpoint = "checkpoint"
+    none = "none"
+
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 convert_app = typer.Typer(no_args_is_help=True, help="Convert checkpoints.")
@@ -73,6 +83,38 @@ def evaluate(
     from megablip.evaluate.reading import evaluate_reading
 
     evaluate_reading(model, shards, output, run_dir=run_dir, limit=limit)
+
+
+@app.command()
+def replay(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="run directory")],
+    step: Annotated[int | None, typer.Option(help="step to replay, as metrics.jsonl counts them")] = None,
+    diff: Annotated[Path | None, typer.Option(metavar="OTHER_RUN", help="run to compare with")] = None,
+    page: Annotated[Path | None, typer.Option(help="HTML file to write [default: replay_STEP.html]")] = None,
+    weights: Annotated[
+        Weights, typer.Option(help="of the loss: the step's own, those of the checkpoint before it, or no loss")
+    ] = Weights.step,
+) -> None:
+    """Show a step's global batch and compute its loss again, or find where two runs part.
+
+    Nothing in RUN is written. Ends with 0; with 1 when the data are not those
+    that were logged, or the runs differ; with 2 when it can't tell.
+    """
+    if (step is None) == (diff is None):
+        raise typer.BadParameter("give either --step or --diff")
+    try:
+        if diff:
+            from megablip.replay.diff import compare
+
+            same = compare(run_dir, diff)
+        else:
+            from megablip.replay.step import replay
+
+            same = replay(run_dir, step, page or Path(f"replay_{step:08d}.html"), weights.value)
+    except MegablipError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    raise typer.Exit(0 if same else 1)
 
 
 @app.command()

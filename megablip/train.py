@@ -62,7 +62,7 @@ def main() -> None:
 
 def run(config: Config, topology: Topology, guard: Guard, stop: StopSignal, clock: StartClock) -> None:
     """Build the parts, begin or resume, train, save."""
-    run_dir, say = Path(config.run_dir), _speaker(topology)
+    run_dir, say = Path(config.run_dir), topology.say
     torch.manual_seed(config.seed + topology.rank)
     model_config = Blip3Config.from_pretrained(config.model.path)
     export = ExportReader(config.model.path)
@@ -241,11 +241,6 @@ class Trainer:
     @property
     def finished(self) -> bool:
         return self.share_done >= 1.0
-
-
-def _speaker(topology: Topology) -> Callable[[str], None]:
-    """Prints on the first rank only."""
-    return lambda text: print(text, flush=True) if topology.is_first else None
 
 
 if __name__ == "__main__":

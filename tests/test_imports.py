@@ -17,13 +17,14 @@ PACKAGE = REPOSITORY / "megablip"
 # (a test below forbids circles), and everything from the groups before it.
 ORDER = [
     {"records", "errors", "config"},
+    {"pages"},
     {"tokens"},
     {"data"},
     {"model"},
     {"engine"},
     {"checkpoint"},
     {"metrics"},
-    {"evaluate"},
+    {"evaluate", "replay"},
     {"doctor", "launch", "train", "cli"},
 ]
 DATA_ORDER = [

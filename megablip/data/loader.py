@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -69,6 +70,29 @@ def micro_batches_per_step(config: Config, world: int) -> int:
     return -(-sequences // config.batch.micro_batch_sequences)
 
 
+def setup_of(
+    config: Config,
+    tokenizer_path: str,
+    layout: VisualLayout,
+    lanes: Iterable[int],
+    lane_states: dict[int, np.ndarray] | None,
+    start_step: int,
+) -> Setup:
+    """What planning and decoding some lanes of a run needs; raises what `Loader` does."""
+    return Setup(
+        data=config.data,
+        lanes=config.batch.lanes,
+        sequences_per_lane=config.batch.sequences_per_lane,
+        seed=config.seed,
+        epochs=config.duration.value if config.duration.unit == "epochs" else None,
+        allow_source_changes="data.sources" in config.allow_changes,
+        tokenizer_path=str(tokenizer_path),
+        layout=layout,
+        shards=[expand_shards(source.shards) for source in config.data.sources],
+        lane_states={lane: _state_of(lane_states, lane, config, start_step) for lane in lanes},
+    )
+
+
 class Loader:
     """Iterates over a rank's StepBatches, without end.
 
@@ -109,18 +133,7 @@ class Loader:
         self._changed = threading.Condition()  # guards _ready, _failure and _closed
         self._failure: MegablipError | None = None
         self._closed = False
-        setup = Setup(
-            data=config.data,
-            lanes=config.batch.lanes,
-            sequences_per_lane=config.batch.sequences_per_lane,
-            seed=config.seed,
-            epochs=config.duration.value if config.duration.unit == "epochs" else None,
-            allow_source_changes="data.sources" in config.allow_changes,
-            tokenizer_path=str(tokenizer_path),
-            layout=layout,
-            shards=[expand_shards(source.shards) for source in config.data.sources],
-            lane_states={lane: _state_of(lane_states, lane, config, start_step) for lane in self._lanes},
-        )
+        setup = setup_of(config, tokenizer_path, layout, self._lanes, lane_states, start_step)
         self.quarantine = Quarantine(Path(config.run_dir) / "quarantine.jsonl", is_first=rank == 0)
         self.samples: dict[str, int] = {}
         """Samples of each source that is counted; known once the first batch was given."""

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from megablip.pages import write_page
 
 WIDTH, HEIGHT = 720, 240  # of the curve, pixels
 
@@ -27,10 +27,9 @@ def write_report(
         by_length: what evaluate.reading.summarize returns.
         pictures: image files' bytes, each with its answer.
     """
-    environment = Environment(
-        loader=PackageLoader("megablip.evaluate", "."), autoescape=True, undefined=StrictUndefined
-    )
-    page = environment.get_template("report.html.j2").render(
+    write_page(
+        path,
+        "report.html.j2",
         title=title,
         curve=_curve([(point["tokens_seen"], point["loss"]) for point in metrics]),
         by_length=by_length,
@@ -38,8 +37,6 @@ def write_report(
         width=WIDTH,
         height=HEIGHT,
     )
-    # The key of a sample may hold bytes that are no text.
-    path.write_text(page, encoding="utf-8", errors="replace")
 
 
 def _curve(points: list[tuple[float, float]]) -> dict[str, Any] | None:
