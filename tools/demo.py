@@ -47,7 +47,13 @@ class Size:
     images: int
 
 
-DEMO = Size("demo", documents=24_000, tower_steps=1500, overrides=[], images=10_000)
+DEMO = Size(
+    "demo",
+    documents=24_000,
+    tower_steps=1500,
+    overrides=["held_out.every_steps=100", "held_out.batches=4"],
+    images=10_000,
+)
 HELLO = Size(
     "hello",
     documents=600,
@@ -72,6 +78,10 @@ def stages(size: Size, folder: Path) -> list[Stage]:
         f"data.sources.{number}.shards={data}/train/{kind}-*.tar"
         for number, kind in enumerate(["ocr", "caption", "interleaved", "text"])
     ]
+    held_out = ", ".join(
+        f"{{name: {kind}, shards: '{data}/validation/{kind}-*.tar', schema: {kind}, weight: 1}}"
+        for kind in ("ocr", "caption")
+    )
     return [
         Stage("tower", tower, module("tools.tower", "--out", tower, "--steps", size.tower_steps), beside=True),
         Stage("shards", data, module("tools.demo_shards", "--out", data, "--documents", size.documents)),
@@ -92,6 +102,7 @@ def stages(size: Size, folder: Path) -> list[Stage]:
             run,
             megablip("train", RECIPES / "pretrain.yaml", f"run_dir={run}", f"model.path={start}")
             + sources
+            + [f"held_out.sources=[{held_out}]"]
             + size.overrides,
         ),
         Stage("convert", export, megablip("convert", "zero-to-hf", run, export)),

@@ -26,9 +26,10 @@ class Board:
     Args:
         start_step: steps done when this attempt begins.
         config: the resolved recipe, shown as text.
+        without_charts: titles of charts that would stay empty.
     """
 
-    def __init__(self, run_dir: Path, start_step: int, config: str):
+    def __init__(self, run_dir: Path, start_step: int, config: str, without_charts: tuple[str, ...] = ()):
         self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
         path = run_dir / "metrics.jsonl"
         kept = [point for point in read_metrics(run_dir) if point["step"] <= start_step]
@@ -38,7 +39,7 @@ class Board:
         self._stream = path.open("a", buffering=1)
         self._warned = False
         self._tensorboard.add_text("config", f"```yaml\n{config}```", start_step)
-        self._tensorboard.add_custom_scalars(custom_scalars())
+        self._tensorboard.add_custom_scalars(custom_scalars(without_charts))
 
     def write(self, step: int, scalars: dict[str, float], **words: str) -> None:
         """One point of each scalar; `words` go to metrics.jsonl alone.
@@ -121,6 +122,14 @@ class ProgressLine:
             return
         self._last = now
         gained = share - self._first_share
-        left = f"{(now - self._started) * (1 - min(share, 1)) / gained:.0f} s left" if gained > 0 else "..."
+        left = f"{_span((now - self._started) * (1 - min(share, 1)) / gained)} left" if gained > 0 else "..."
         line = " | ".join([f"step {step}", f"{min(share, 1):4.0%}", *(f"{k} {v}" for k, v in facts.items()), left])
         print(f"\r\033[K{line}" if self._on_terminal else line, end="" if self._on_terminal else "\n", flush=True)
+
+
+def _span(seconds: float) -> str:
+    """A time as people say it: 90 s, 12 min, 3 h 20 min."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"

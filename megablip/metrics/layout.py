@@ -13,14 +13,18 @@ QUESTIONS: dict[str, dict[str, list[str]]] = {
     "2. Is it healthy?": {
         "gradient norm, before clipping": ["^grad_norm$"],
         "steps and samples skipped": ["^step_skipped$", "^steps_skipped$", "^data/samples_skipped$"],
-        "memory, largest of the ranks": ["^memory/.*"],
+        "GiB of memory, largest of the ranks": ["^memory/.*"],
     },
     "3. Is it fast?": {
         "tokens a second": ["^tokens_per_s$"],
         "MFU": ["^mfu$"],
         "TFLOP/s of a rank": ["^tflops_per_s_per_rank$"],
-        "seconds of a step, by part": ["^time/.*"],
+        "seconds of a step": ["^time/step_s$"],
+        "of these, the model": ["^time/(vision|forward|backward|optimizer)_s$"],
+        "of these, around it": ["^time/(data_wait|exchange|save|held_out|other)_s$"],
         "share of the time waiting for data": ["^data_wait_share$"],
+        "slow ranks: largest and median": ["^ranks/.*"],
+        "seconds of a checkpoint": ["^checkpoint/.*_s$"],
     },
     "4. Is the data right?": {
         "epochs of each source": ["^epochs_by_source/.*"],
@@ -36,9 +40,9 @@ QUESTIONS: dict[str, dict[str, list[str]]] = {
 }
 
 
-def custom_scalars() -> dict[str, dict[str, list]]:
-    """QUESTIONS as SummaryWriter.add_custom_scalars takes them."""
+def custom_scalars(without: tuple[str, ...] = ()) -> dict[str, dict[str, list]]:
+    """QUESTIONS as SummaryWriter.add_custom_scalars takes them. Args: without: charts to leave out."""
     return {
-        question: {title: ["Multiline", tags] for title, tags in charts.items()}
+        question: {title: ["Multiline", tags] for title, tags in charts.items() if title not in without}
         for question, charts in QUESTIONS.items()
     }

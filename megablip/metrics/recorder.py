@@ -66,7 +66,8 @@ class Recorder:
         self._process = psutil.Process()
         self._held_out = HeldOut(config, model_config, topology, engine, tower)
         run_dir, first = Path(config.run_dir), topology.is_first
-        self._board = Board(run_dir, progress.step, dump_config(config)) if first else None
+        unused = () if self._peak else ("MFU",)
+        self._board = Board(run_dir, progress.step, dump_config(config), unused) if first else None
         profiled = config.log.profile_steps if first else []
         self._profiler = StepProfiler(profiled, run_dir / "profile", topology.device, progress.step + 1)
         self._line = ProgressLine()
@@ -174,10 +175,10 @@ class Recorder:
             "data/tiles_per_rank_mean": sums.total.tiles / self._topology.world,
             "data/tiles_per_rank_max": sums.largest.tiles,
             "data/samples_skipped": sum(sums.count("bad").values()),
-            "memory/host_rss_bytes_max": sums.largest.host_bytes,
+            "memory/host_rss_gib": sums.largest.host_bytes / 2**30,  # the largest of the ranks, as below
         }
         if self._topology.device.type == "cuda":
-            scalars["memory/device_peak_bytes_max"] = sums.largest.device_bytes
+            scalars["memory/device_peak_gib"] = sums.largest.device_bytes / 2**30
         return scalars
 
     def _take_rates(self) -> dict[str, float]:

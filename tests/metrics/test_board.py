@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 from contextlib import suppress
 
 import pytest
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
 from megablip.metrics import board as module
 from megablip.metrics.board import Board, ProgressLine, read_metrics
@@ -113,6 +116,33 @@ def test_the_progress_line(capsys, monkeypatch):
     assert first == "step 10 |  10% | loss 4.0 | ..."
     assert second == "step 30 |  30% | loss 2.0 | 70 s left"
     assert last == "step 100 | 100% | loss 1.0 | 0 s left"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (119, "119 s"), (125, "2 min"), (3599, "1 h 0 min"), (12000, "3 h 20 min")]
+)
+def test_the_time_left_is_easy_to_read(seconds, text):
+    assert module._span(seconds) == text
+
+
+def test_the_layout_leaves_out_what_stays_empty(tmp_path):
+    layouts = []
+    for number, unused in enumerate([(), ("MFU",)]):
+        Board(tmp_path / str(number), 0, "", unused).close()
+        events = EventAccumulator(str(tmp_path / str(number) / "tensorboard")).Reload()
+        layouts.append(Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]))
+    whole, less = ([chart.title for category in layout.category for chart in category.chart] for layout in layouts)
+    assert layouts[0].category[0].title == "1. Is it learning?"
+    assert [title for title in whole if title not in less] == ["MFU"]
+
+
+def test_a_picture_is_shown_at_its_step(tmp_path):
+    board = Board(tmp_path, 0, "")
+    board.show("example", Image.new("RGB", (30, 20), (255, 0, 0)), 7)
+    board.close()
+    (image,) = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Images("example")
+    assert (image.step, image.width, image.height) == (7, 30, 20)
+    assert Image.open(io.BytesIO(image.encoded_image_string)).getpixel((5, 5)) == (255, 0, 0)
 
 
 def test_every_line_is_json(tmp_path):
