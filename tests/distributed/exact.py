@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,8 @@ def train_in_turn(topology: Topology, recipe: str, attempts: list[list[str]]) ->
                     loads[-1]["differ"].append(f"{piece.name}|{kind}")
 
     ZeroEngine.load = load_and_compare
-    for overrides in attempts:
+    for number, overrides in enumerate(attempts):
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)  # what the watchers left in the store is not this run's
         loads.append({})
         config = load_config(recipe, [f"engine.ranks={topology.world}", *overrides])
         if topology.is_first:
