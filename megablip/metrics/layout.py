@@ -12,7 +12,7 @@ QUESTIONS: dict[str, dict[str, list[str]]] = {
     },
     "2. Is it healthy?": {
         "gradient norm, before clipping": ["^grad_norm$"],
-        "steps and samples skipped": ["^step_skipped$", "^steps_skipped$", "^data/samples_skipped$"],
+        "steps and samples skipped": ["^step_skipped$", "^skipped_steps$", "^data/samples_skipped$"],
         "GiB of memory, largest of the ranks": ["^memory/.*"],
     },
     "3. Is it fast?": {

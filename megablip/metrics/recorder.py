@@ -67,6 +67,7 @@ class Recorder:
         self._held_out = HeldOut(config, model_config, topology, engine, tower)
         run_dir, first = Path(config.run_dir), topology.is_first
         unused = () if self._peak else ("MFU",)
+        unused += () if config.held_out.sources else ("held-out loss by source",)
         self._board = Board(run_dir, progress.step, dump_config(config), unused) if first else None
         profiled = config.log.profile_steps if first else []
         self._profiler = StepProfiler(profiled, run_dir / "profile", topology.device, progress.step + 1)
@@ -174,6 +175,7 @@ class Recorder:
             "data/visual_token_share": sums.total.visual_tokens / max(total.tokens, 1),
             "data/tiles_per_rank_mean": sums.total.tiles / self._topology.world,
             "data/tiles_per_rank_max": sums.largest.tiles,
+            "skipped_steps": total.skipped_steps,  # of this attempt, before this step
             "data/samples_skipped": sum(sums.count("bad").values()),
             "memory/host_rss_gib": sums.largest.host_bytes / 2**30,  # the largest of the ranks, as below
         }
