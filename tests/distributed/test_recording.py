@@ -108,6 +108,26 @@ def test_the_held_out_loss_does_not_depend_on_the_ranks(work, recorded):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"model__train_tower": True}], ids=["frozen tower", "trained tower"])
+def test_measuring_is_the_same_under_every_strategy(work, changes):
+    """About a minute and a half each: six runs on two ranks. A step after the first measurement shows that
+    it left no trace in the strategy's own state."""
+    found = {}
+    for strategy in ("zero0", "zero1", "zero2", "zero3", "zero3_hpz", "zero3_offload"):
+        run_dir = work / f"held-out-{strategy}-{len(changes)}"
+        recipe = runs.make_recipe(
+            work, run_dir=str(run_dir), duration="3 steps", engine__precision="fp32", engine__ds_config=strategy,
+            held_out={"sources": held_out(work), "every_steps": 1}, **changes,
+        )  # fmt: skip
+        runs.train(recipe)
+        points = read_metrics(run_dir)
+        found[strategy] = [point[name] for point in points for name in ("loss", "held_out_loss")]
+        assert all(point["time/vision_s"] > 0 for point in points)
+    for strategy, values in found.items():
+        assert values == pytest.approx(found["zero3"], rel=1e-5), strategy
+
+
+@pytest.mark.slow
 def test_held_out_data_that_can_not_be_read_ends_the_run_on_all_ranks(work):
     """A quarter of a minute."""
     broken = work / "broken.tar"
