@@ -272,8 +272,10 @@ class HealthConfig(Section):
     def limits_s(self, timeout_s: int) -> dict[str, float]:
         """Seconds that each phase of the loop may take; `first`: any phase the first time, with compiling."""
         data, step = (limit or timeout_s / 2 for limit in (self.data_limit_s, self.step_limit_s))
-        # To wait in the exchange is to wait for the data of another rank.
-        return {"data": data, "exchange": data, "step": step, "save": 0.9 * timeout_s, "first": 0.9 * timeout_s}
+        # To wait in the exchange is to wait for another rank's data; that rank shall be the first to say so.
+        exchange = min(data + 5, (data + timeout_s) / 2)
+        longest = 0.9 * timeout_s  # `record` may hold a held-out evaluation
+        return {"data": data, "exchange": exchange, "step": step} | dict.fromkeys(("record", "save", "first"), longest)
 
 
 class Config(Section):

@@ -30,6 +30,9 @@ from megablip.errors import ConfigError
 from megablip.metrics.startup import STARTED, process_age_s
 
 RESOLVED_CONFIG = "config.yaml"
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+POLL_S = 1.0
+GRACE_S = 10.0  # once a rank has ended, for the others to end, too
 
 
 def launch(recipe: Path, overrides: list[str]) -> int:
@@ -38,30 +41,36 @@ def launch(recipe: Path, overrides: list[str]) -> int:
     Raises:
         ConfigError, ShardError: before any rank is started.
     """
-    config = load_config(recipe, overrides)
-    config_path = prepare_run(config)
-    index_sources(config.data)
-    if held_out := held_out_run(config):
-        index_sources(held_out.data)
-    status = RunStatus(Path(config.run_dir))
-    attempts_before = len(status.attempts)
-    return_code, asked_to_stop = _run_ranks(config, config_path)
-    attempts = status.attempts
-    if len(attempts) == attempts_before:
-        if asked_to_stop:
+    try:
+        with RankGroup() as ranks:
+            config = load_config(recipe, overrides)
+            config_path = prepare_run(config)
+            index_sources(config.data)
+            if held_out := held_out_run(config):
+                index_sources(held_out.data)
+            status = RunStatus(Path(config.run_dir))
+            attempts_before = len(status.attempts)
+            return_code = ranks.run(launcher_command(config, config_path), _environment(config))
+    except _StoppedBeforeStart:
+        print("stopped before the ranks had started")
+        return EXIT_CODES["stopped"]
+    if len(status.attempts) == attempts_before:
+        status.begin(config.engine.ranks)
+        if ranks.asked:
             print("stopped before the ranks had started")
-            return EXIT_CODES["stopped"]
-        print("the ranks did not start; their messages are above", file=sys.stderr)
-        return EXIT_CODES["failed"]
-    outcome = attempts[-1]["outcome"]
+            status.update(outcome="stopped")
+        else:
+            print("the ranks did not start; their messages are above", file=sys.stderr)
+            status.update(outcome="failed", reason="the ranks did not start")
+    outcome = status.attempts[-1]["outcome"]
     if outcome == "running":
         # The ranks ended without a word: killed, out of memory, crashed in C.
-        print(
-            f"the ranks ended without a word (launcher's exit code {return_code}); start again to resume from "
-            "the newest checkpoint",
-            file=sys.stderr,
-        )
-        status.update(outcome="failed", reason=f"died without a word, launcher exit code {return_code}")
+        reason = f"the ranks ended without a word (launcher's exit code {return_code})"
+        if len(ranks.asked) > 1:
+            reason = "left at once at a second signal, without saving"
+        print(f"{reason}; start again to resume from the newest checkpoint", file=sys.stderr)
+        status.update(outcome="failed", reason=reason)
+        outcome = "failed"
     return EXIT_CODES[outcome]
 
 
@@ -121,35 +130,88 @@ def launcher_command(config: Config, config_path: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def _run_ranks(config: Config, config_path: Path) -> tuple[int, bool]:
-    """The launcher's exit code, and whether a signal asked to stop."""
-    process = subprocess.Popen(
-        launcher_command(config, config_path),
-        env=_environment(config),
-        start_new_session=True,  # a Ctrl-C at the terminal must not reach the launcher
-    )
-    asked: list[int] = []
+class _StoppedBeforeStart(BaseException):
+    """A signal came while the launcher did not exist."""
 
-    def forward(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
-        ranks = _rank_processes(process.pid)
-        if len(asked) > 1 or not ranks:
-            os.killpg(process.pid, signal.SIGKILL)
+
+class RankGroup:
+    """The deepspeed launcher with its ranks, from before they exist until all have ended.
+
+    Signals to this process go to the ranks.  Before there are any, the first
+    one ends everything, as nothing has been trained that could be saved; later
+    the second one does.
+
+    Use as a context manager, in the main thread.
+    """
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+        """Signals that asked to stop."""
+        self._starting = False
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> RankGroup:
+        self._previous = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def run(self, command: list[str], environment: dict[str, str]) -> int:
+        """Start the launcher, wait until all has ended; its exit code."""
+        self._starting = True
+        self._process = subprocess.Popen(
+            command,
+            env=environment,
+            start_new_session=True,  # a Ctrl-C at the terminal must not reach the launcher
+            # Were SIGUSR1 sent to all of a job, the launcher would die of it; the ranks catch it later.
+            preexec_fn=lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN),
+        )
+        if self.asked:  # while it was being started
+            self._kill()
+        most, since = 0, None
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                return self._process.wait(POLL_S)
+            ranks = _rank_processes(self._process.pid)
+            most = max(most, len(ranks))
+            # Ranks end together.  The launcher would wait 30 s for each one that does
+            # not, one after the other, and a stopped one does not even see SIGTERM.
+            if len(ranks) == most:
+                since = None
+            elif since is None:
+                since = time.monotonic()
+            elif time.monotonic() - since > GRACE_S:
+                for rank in ranks:
+                    with suppress(psutil.Error):
+                        rank.kill()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.asked.append(number)
+        if not self._starting:
+            raise _StoppedBeforeStart
+        if self._process is None:
+            return  # `run` looks as soon as it is there
+        ranks = _rank_processes(self._process.pid)
+        if len(self.asked) > 1 or not ranks:
+            self._kill()
         for rank in ranks:
             with suppress(psutil.Error):  # it may have ended by itself
                 rank.send_signal(signal.SIGTERM)
 
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    try:
-        return process.wait(), bool(asked)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    def _kill(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
 
 
 def _rank_processes(launcher_pid: int) -> list[psutil.Process]:
     ranks = []
-    for process in psutil.Process(launcher_pid).children(recursive=True):
+    try:
+        children = psutil.Process(launcher_pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+    for process in children:
         try:
             command = process.cmdline()
         except psutil.Error:

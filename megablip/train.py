@@ -232,6 +232,7 @@ class Trainer:
             **self.health.observe(progress.step, batch, sums.loss, applied=self.engine.was_step_applied),
             **self.saver.scalars(),
         }
+        self.guard.enter("record")
         self.recorder.end(sums, total, scalars)
 
     @property

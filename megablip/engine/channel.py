@@ -89,13 +89,12 @@ class SideChannel:
         mine = self._outgoing and json.dumps(asdict(self._outgoing))
         if mine or store.check([_VERDICT]):
             found = store.compare_set(_VERDICT, "", mine).decode() if mine else store.get(_VERDICT).decode()
-            count = store.add(_ACKNOWLEDGED, 1)
-            if found == mine or self._topology.is_first:
-                # The first rank keeps the store, so it must not be gone before all have read it.
+            store.add(_ACKNOWLEDGED, 1)
+            if self._topology.is_first:
+                # It keeps the store, so it must not be gone before all have read the verdict.
                 end = time.monotonic() + TOLD_S
-                while count < self._topology.world and time.monotonic() < end:
+                while store.add(_ACKNOWLEDGED, 0) < self._topology.world and time.monotonic() < end:
                     time.sleep(0.02)
-                    count = store.add(_ACKNOWLEDGED, 0)
             self._told.set()
             self._closed.set()
             self._on_verdict(Verdict(**json.loads(found)))

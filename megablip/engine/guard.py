@@ -28,7 +28,7 @@ from megablip.engine.watchdog import Watchdog, dump_stacks
 from megablip.errors import HangError, MegablipError, RankMismatchError
 
 ALARM_STEPS = 5  # of a run, that the alarm watches unless asked for more
-PHASES = ("data", "exchange", "step", "save")
+PHASES = ("data", "exchange", "step", "record", "save")
 
 
 class Guard:

@@ -181,27 +181,32 @@ class HealthMonitor:
 class SpikeDetector:
     """Tells a loss that stands out from those before it.
 
-    Robust: the median and the median absolute deviation of a window, which a
-    few spikes do not move.  After a resume it starts anew, and is silent until
-    half a window is there.
+    Robust: each loss is compared with the median of the few before it, which a
+    spike does not move, and its distance with the median absolute distance in
+    a longer window, which a falling loss does not widen.  After a resume it
+    starts anew, and is silent until half a window is there.
 
     Args:
-        window: losses to compare with.
+        window: distances to compare with; the median is of an eighth as many losses.
         deviations: how far above the median a spike is, in scaled deviations.
     """
 
     def __init__(self, window: int, deviations: float):
-        self._losses: deque[float] = deque(maxlen=window)
+        self._losses: deque[float] = deque(maxlen=max(window // 8, 4))
+        self._distances: deque[float] = deque(maxlen=window)
         self._deviations = deviations
 
     def add(self, loss: float) -> dict[str, float] | None:
-        """The window's median and deviation if this is a spike."""
+        """The median and the deviation if this is a spike."""
         found = None
-        if len(self._losses) >= self._losses.maxlen // 2:
+        if self._losses:
             median = statistics.median(self._losses)
-            deviation = _MAD_SCALE * statistics.median(abs(other - median) for other in self._losses)
-            if loss - median > max(self._deviations * deviation, _QUIET_SHARE * abs(median)):
-                found = {"median": median, "deviation": deviation}
+            if len(self._distances) >= self._distances.maxlen // 2:
+                deviation = _MAD_SCALE * statistics.median(self._distances)
+                if loss - median > max(self._deviations * deviation, _QUIET_SHARE * abs(median)):
+                    found = {"median": median, "deviation": deviation}
+            if math.isfinite(loss):
+                self._distances.append(abs(loss - median))
         if math.isfinite(loss):
             self._losses.append(loss)
         return found
