@@ -16,7 +16,7 @@ import torch
 from megablip import train
 from megablip.data.loader import Loader
 from megablip.engine.zero import ZeroEngine
-from megablip.model.blip3 import Blip3ForConditionalGeneration
+from megablip.model.blip3 import Blip3ForConditionalGeneration, PackedLoss
 
 RANK = int(os.environ["RANK"])
 LAST = int(os.environ["WORLD_SIZE"]) - 1
@@ -34,6 +34,7 @@ def skip_sampler() -> None:
         calls.append(None)
         if RANK != LAST or len(calls) <= SECOND_STEP:
             return tokens(self, features, patch_mask, grids)
+        print(f"skips the sampler at {time.monotonic()}", flush=True)
         config = self.config
         shape = (len(features), config.layout.tokens_per_tile, config.text_config.hidden_size)
         return features.new_zeros(shape)
@@ -70,6 +71,36 @@ def infinite_gradient() -> None:
         backward(self, loss)
 
     ZeroEngine.backward = patched
+
+
+def without_batch() -> None:
+    """No rank computes anything of step NAN_STEPS: as if it had no batch."""
+    steps = {int(step) for step in os.environ["NAN_STEPS"].split(",")}
+    forward, backward, take_step, calls = ZeroEngine.__call__, ZeroEngine.backward, ZeroEngine.step, []
+
+    def absent(engine):
+        return (len(calls) - 1) // engine.micro_batches + 1 in steps
+
+    def patched_forward(self, **inputs):
+        calls.append(None)
+        if not absent(self):
+            return forward(self, **inputs)
+        nothing = torch.zeros(len(inputs["packed"].doc_lens))
+        return PackedLoss(loss=torch.zeros(()), document_loss=nothing, document_labels=nothing)
+
+    ZeroEngine.__call__ = patched_forward
+    ZeroEngine.backward = lambda self, loss: None if absent(self) else backward(self, loss)
+    ZeroEngine.step = lambda self, rates: None if absent(self) else take_step(self, rates)
+
+
+def other_recipe() -> None:
+    """The last rank reads another learning rate."""
+    load = train.load_config
+
+    def patched(path):
+        return load(path, ["optimizer.lr=0.02"] if RANK == LAST else [])
+
+    train.load_config = patched
 
 
 def slow_data() -> None:
