@@ -57,7 +57,7 @@ class Board:
     def show(self, name: str, picture: Image.Image, step: int) -> None:
         """A picture, in TensorBoard."""
         png = io.BytesIO()
-        picture.save(png, "PNG")
+        picture.save(png, "PNG", compress_level=1)  # the loop waits for it
         image = Summary.Image(
             height=picture.height, width=picture.width, colorspace=3, encoded_image_string=png.getvalue()
         )

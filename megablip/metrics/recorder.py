@@ -199,7 +199,7 @@ class Recorder:
             "time/other_s": (seconds - sum(parts.values())) / self._steps,
         }
         if self._peak:
-            rates["mfu"] = per_rank / self._peak
+            rates["mfu"] = per_rank / self._peak  # of the bf16 peak, also where a run computes in fp32
         self._steps = self._tokens = 0
         self._step_flops = 0.0
         return rates

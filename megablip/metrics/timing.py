@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.profiler import record_function
 
 ON_DEVICE = ("vision", "forward", "backward", "optimizer")
 """Parts that a device computes; where there is one, its own clock times them."""
@@ -35,10 +36,11 @@ class StepTimer:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Count what runs inside as `name`; parts lie beside each other, never inside."""
+        """Count what runs inside as `name`, also in a profiler's trace; parts lie beside each other, never inside."""
         mark = self._mark(name)
         try:
-            yield
+            with record_function(name):
+                yield
         finally:
             self._spans.append((name, mark, self._mark(name), 1))
 
