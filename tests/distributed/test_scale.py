@@ -50,9 +50,9 @@ def check_steps(ranks: list[list[dict[str, Any]]], cells: int) -> None:
 def check_toy(ranks: list[list[dict[str, Any]]]) -> None:
     for rank in ranks:
         for found in rank:
-            assert found["spare"].pop("[False, False]") == 0.0, "a gradient that an earlier step left"
+            assert found["spare"]["[False, False]"] == 0.0, "a gradient that an earlier step left"
             assert max(found["spare"].values()) < RELATIVE, found
-            assert found["many"] < RELATIVE, "micro-batches add up in float32, or it would be about 1e-2"
+            assert found["all"] < RELATIVE, f"micro-batches add up in float32, or it would be about 1e-3: {found}"
 
 
 def test_ranks_with_and_without_images_get_the_gradient_of_one_process(fast):
@@ -97,6 +97,6 @@ def test_all_splits_of_64_documents(world):
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_all_strategies_on_parameters_out_of_reach(world):
     """ZeRO-0 to 3, with offload and hpZ, in fp32 and bf16."""
-    strategies = ["zero0", *STAGES, "zero3_offload", "zero3_hpz"]
-    cells = [(s, p) for s in strategies for p in ("fp32", "bf16") if (s, p) != ("zero0", "bf16")]
+    cells = [(s, p) for s in ("zero0", *STAGES, "zero3_offload") for p in ("fp32", "bf16") if s + p != "zero0bf16"]
     check_toy(run(world, {"toy_gradients": cells}, 600)["toy_gradients"])
+    check_toy(run(world, {"toy_gradients": [("zero3_hpz", "bf16")]})["toy_gradients"])  # once in a process
