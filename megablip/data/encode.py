@@ -18,6 +18,7 @@ tokenized alone, so no token is half trained on.
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import replace
 
 import numpy as np
@@ -77,14 +78,16 @@ class Encoder:
             SampleError: an image's header can't be read.
             ConfigError: a conversation, but the tokenizer has no tokens for it.
         """
-        row = _Row(document)
-        if self.tokenizer.bos_id is not None:
-            row.prefix([self.tokenizer.bos_id])
-        if any(isinstance(segment, Text) and segment.role for segment in document.segments):
-            self._encode_turns(document, row)
-        else:
-            self._encode_chunks(document, row)
-        return row.finish()
+        return self._row(document).finish()
+
+    def measure(self, document: Document) -> tuple[int, int]:
+        """(tokens, tiles) that `encode` would give, in less time.
+
+        Raises:
+            SampleError, ConfigError: as `encode`.
+        """
+        row = self._row(document)
+        return len(row.ids), sum(self.layout.tiles(image.grid) for image in row.images)
 
     def decode(self, encoded: EncodedDocument, source_index: int, out: np.ndarray | None = None) -> DecodedDocument:
         """Cut the document's images into tiles.
@@ -123,6 +126,16 @@ class Encoder:
             key=encoded.key,
             preference=encoded.preference,
         )
+
+    def _row(self, document: Document) -> _Row:
+        row = _Row(document)
+        if self.tokenizer.bos_id is not None:
+            row.prefix([self.tokenizer.bos_id])
+        if any(isinstance(segment, Text) and segment.role for segment in document.segments):
+            self._encode_turns(document, row)
+        else:
+            self._encode_chunks(document, row)
+        return row
 
     def _encode_chunks(self, document: Document, row: _Row) -> None:
         previous: Text | None = None  # the text that the next image, or the end, would close
@@ -204,14 +217,19 @@ class _Row:
 
     def finish(self) -> EncodedDocument:
         return EncodedDocument(
-            np.array(self.ids, np.int32),
-            np.array(self._labels, np.int32),
+            _int32(self.ids),
+            _int32(self._labels),
             tuple(self.images),
             np.array([0, *self._starts[1:]], np.int32),
             self.document.source,
             self.document.key,
             self.document.preference,
         )
+
+
+def _int32(numbers: list[int]) -> np.ndarray:
+    """np.array(numbers, np.int32), several times faster."""
+    return np.frombuffer(array("i", numbers), np.int32)
 
 
 def segments_of(encoded: EncodedDocument) -> list[tuple[int, int]]:

@@ -147,12 +147,12 @@ def _parse_line(line: bytes, separator: str) -> tuple[str, list[Member]] | None:
         key = split[0]
     else:
         return None
-    prefix, members = key + ".", []
+    prefix = key + "."
+    length, members = len(prefix), []
     try:
-        for position in range(1, len(fields), 4):
-            offset, size, name = int(fields[position]), int(fields[position + 1]), fields[position + 2]
-            extension = name[len(prefix) :].lower()  # wds2idx keeps the case
-            if not name.startswith(prefix) or "/" in extension:
+        for offset, size, name in zip(map(int, fields[1::4]), map(int, fields[2::4]), fields[3::4], strict=True):
+            extension = name[length:].lower()  # wds2idx keeps the case
+            if name[:length] != prefix or "/" in extension:
                 return None
             if offset % BLOCK_BYTES or not (0 < offset < _FAR and 0 <= size < _FAR):
                 return None

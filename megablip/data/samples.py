@@ -24,6 +24,7 @@ from megablip.data.shards import ShardSource, expand_shards
 from megablip.errors import PackingError, SampleError
 from megablip.records import (
     DecodedDocument,
+    Document,
     EncodedDocument,
     PackedSequence,
     PlannedDocument,
@@ -86,14 +87,12 @@ class SampleReader:
         Raises:
             SampleError: it can't be used.
         """
-        config: SourceConfig = self._configs[address.source]
-        key, members = self.sources[address.source].read(address.shard, address.sample)
-        return [self._encoder.encode(document) for document in SCHEMAS[config.schema_name](members, config, key)]
+        return [self._encoder.encode(document) for document in self._documents(address)]
 
     def measure(self, address: SampleAddress) -> tuple[int, int]:
         """(tokens, tiles) of a sample, from its text and the headers of its images."""
-        documents = self.encoded(address)
-        return sum(len(document.input_ids) for document in documents), sum(document.tiles for document in documents)
+        costs = [self._encoder.measure(document) for document in self._documents(address)]
+        return sum(tokens for tokens, _ in costs), sum(tiles for _, tiles in costs)
 
     def segments(self, address: SampleAddress) -> list[tuple[int, int]]:
         """(tokens, tiles) of each part that a long document may be cut into; none for a preference pair."""
@@ -125,6 +124,11 @@ class SampleReader:
             decoded.append(self._encoder.decode(document, planned.address.source, out[tile : tile + document.tiles]))
             tile += document.tiles
         return decoded
+
+    def _documents(self, address: SampleAddress) -> tuple[Document, ...]:
+        config: SourceConfig = self._configs[address.source]
+        key, members = self.sources[address.source].read(address.shard, address.sample)
+        return SCHEMAS[config.schema_name](members, config, key)
 
     def skip(self, address: SampleAddress, error: SampleError) -> Skip:
         """The quarantine's record of a sample that could not be used."""
