@@ -84,18 +84,22 @@ class TileMemory:
         """uint8[count, 3, side, side], of any content."""
         import torch
 
-        shape = (count, 3, side, side)
+        size = count * 3 * side * side
         if self._pinned:
-            return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
-        size = int(np.prod(shape))
+            return _as_tiles(torch.empty(size, dtype=torch.uint8, pin_memory=True), side)
         fitting = [number for number, block in enumerate(self._free) if size <= block.size <= 2 * size]
         block = self._free.pop(fitting[0]) if fitting else np.empty(size, np.uint8)
         view = block[:size]  # lives as long as the tensor's storage
         weakref.finalize(view, self._take_back, block)
-        return torch.from_numpy(view).view(shape)
+        return _as_tiles(torch.from_numpy(view), side)
 
     def _take_back(self, block: np.ndarray) -> None:
         self._free = [*self._free[-3:], block]  # sizes vary: what did not fit again goes
+
+
+def _as_tiles(memory: torch.Tensor, side: int) -> torch.Tensor:
+    """As images.as_tiles."""
+    return memory.view(-1, side, side, 3).permute(0, 3, 1, 2)
 
 
 def collate(sequences: Sequence[PackedSequence], layout: VisualLayout, memory: TileMemory | None = None) -> MicroBatch:

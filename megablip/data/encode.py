@@ -23,7 +23,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from megablip.data.images import choose_grid, image_size, make_tiles
+from megablip.data.images import choose_grid, empty_tiles, image_size, make_tiles
 from megablip.errors import ConfigError, PackingError, SampleError
 from megablip.records import (
     IGNORE_LABEL,
@@ -100,7 +100,7 @@ class Encoder:
         """
         layout = self.layout
         if out is None:
-            out = np.empty((encoded.tiles, 3, layout.tile_size, layout.tile_size), np.uint8)
+            out = empty_tiles(encoded.tiles, layout.tile_size)
         patch_mask = np.empty((encoded.tiles, layout.patches_per_tile), bool)
         positions = np.empty(encoded.tiles * layout.tokens_per_tile, np.int32)
         first = 0  # tile of the image

@@ -14,6 +14,8 @@ import os
 
 import numpy as np
 
+from megablip.data.images import as_tiles
+
 _HEADER_BYTES = mmap.PAGESIZE  # its first number: bytes freed so far
 
 
@@ -22,26 +24,26 @@ class TileRing:
 
     Args:
         descriptors: of the memory and of the eventfd that wakes the worker.
-        tile_shape: shape of a uint8 tile.
+        side: of a tile, in pixels.
     """
 
-    def __init__(self, descriptors: tuple[int, int], tile_shape: tuple[int, ...]):
+    def __init__(self, descriptors: tuple[int, int], side: int):
         self.descriptors = descriptors
         memory = mmap.mmap(descriptors[0], 0)
         self._freed = np.frombuffer(memory, np.int64, 1)
         self._bytes = np.frombuffer(memory, np.uint8, offset=_HEADER_BYTES)
-        self._tile_shape, self._tile_bytes = tile_shape, int(np.prod(tile_shape))
+        self._side, self._tile_bytes = side, 3 * side * side
         self._written = 0
 
     @classmethod
-    def create(cls, tiles: int, tile_shape: tuple[int, ...]) -> TileRing:
+    def create(cls, tiles: int, side: int) -> TileRing:
         """A ring that holds `tiles` tiles, at least twice what is reserved at once."""
         memory = os.memfd_create("megablip-tiles")
-        os.ftruncate(memory, _HEADER_BYTES + tiles * int(np.prod(tile_shape)))
-        return cls((memory, os.eventfd(0)), tile_shape)
+        os.ftruncate(memory, _HEADER_BYTES + tiles * 3 * side * side)
+        return cls((memory, os.eventfd(0)), side)
 
     def reserve(self, tiles: int) -> tuple[int, np.ndarray]:
-        """(position, uint8[tiles, *tile_shape]) to write to; waits until the rank has freed enough.
+        """(position, uint8[tiles, 3, side, side]) to write to; waits until the rank has freed enough.
 
         What was reserved before counts as written; `commit` may make it smaller.
         """
@@ -61,9 +63,9 @@ class TileRing:
         self._written = start + tiles * self._tile_bytes
 
     def view(self, start: int, tiles: int) -> np.ndarray:
-        """uint8[tiles, *tile_shape] at a position; valid until it is freed."""
+        """uint8[tiles, 3, side, side] at a position; valid until it is freed."""
         place = start % len(self._bytes)
-        return self._bytes[place : place + tiles * self._tile_bytes].reshape(tiles, *self._tile_shape)
+        return as_tiles(self._bytes[place : place + tiles * self._tile_bytes], self._side)
 
     def free_to(self, start: int, tiles: int) -> None:
         """Free these tiles and all before them."""

@@ -91,6 +91,20 @@ def choose_grid(size: tuple[int, int], layout: VisualLayout) -> tuple[int, int]:
     return max(layout.grids, key=merit, default=NO_GRID)  # max keeps the first of equals
 
 
+def empty_tiles(count: int, side: int) -> np.ndarray:
+    """uint8[count, 3, side, side] of any content, to be filled with tiles."""
+    return as_tiles(np.empty(count * 3 * side * side, np.uint8), side)
+
+
+def as_tiles(memory: np.ndarray, side: int) -> np.ndarray:
+    """A view, uint8[count, 3, side, side], of count * 3 * side * side bytes.
+
+    In memory a pixel's three bytes lie side by side, as the decoder and the resizer have them (torch's
+    `channels_last`): to part them into planes would cost a seventh of a photograph's decoding.
+    """
+    return memory.reshape(-1, side, side, 3).transpose(0, 3, 1, 2)
+
+
 def make_tiles(
     data: bytes,
     grid: tuple[int, int],
@@ -116,7 +130,7 @@ def make_tiles(
     """
     side = layout.tile_size
     if out is None:
-        out = np.empty((layout.tiles(grid), 3, side, side), np.uint8)
+        out = empty_tiles(layout.tiles(grid), side)
     if dct_scaling:
         size = image_size(data)
         fitted = _fitted_size(size, grid, side)
@@ -189,11 +203,11 @@ def _fitted_size(size: tuple[int, int], grid: tuple[int, int], side: int) -> tup
 
 
 def _resized(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
-    """uint8[H, W, 3] to uint8[3, height, width]."""
+    """uint8[H, W, 3] to uint8[3, height, width], which in memory is [height, width, 3], too."""
     import torch  # here: the planner reads sizes only
     import torch.nn.functional as F
 
-    image = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # this layout is the fast one
+    image = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # in these strides torch sees its fast layout
     return F.interpolate(image, size=(height, width), mode="bicubic", antialias=True)[0].numpy()
 
 

@@ -27,13 +27,12 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
-import numpy as np
-
 from megablip.config import DataConfig
 from megablip.data.handover import TileRing
+from megablip.data.images import empty_tiles
 from megablip.data.samples import SampleReader, Setup, decode, plan
 from megablip.errors import MegablipError
-from megablip.records import PackedSequence, VisualLayout
+from megablip.records import PackedSequence
 
 POLL_S = 1.0  # how often a rank looks whether its helpers live
 CRASH_REPORT_BYTES = 1 << 16
@@ -81,7 +80,7 @@ class InlinePipeline:
     def take(self) -> PackedSequence:
         planned, skipped = next(self._planned)
         tiles = sum(document.tiles for document in planned.documents)
-        out = np.empty((tiles, *_tile_shape(self._setup.layout)), np.uint8)
+        out = empty_tiles(tiles, self._setup.layout.tile_size)
         return decode(self._reader, self._setup.layout, planned, skipped, out)
 
     def release(self) -> None: ...
@@ -107,7 +106,7 @@ class ProcessPipeline:
         task_pipes = [_pipe() for _ in range(workers)]
         # Beyond what the rank may hold of a worker, so that no worker waits for the one whose turn it is.
         tiles = (-(-held // workers) + AHEAD_SEQUENCES) * setup.data.max_tiles
-        rings = [TileRing.create(tiles, _tile_shape(setup.layout)) for _ in range(workers)]
+        rings = [TileRing.create(tiles, setup.layout.tile_size) for _ in range(workers)]
         self._planner = _start("planner", f"planner of rank {rank}", setup, [write.fileno() for _, write in task_pipes])
         setup = replace(setup, lane_states={})  # the planner's alone, and large
         self._workers = [
@@ -268,7 +267,7 @@ def helper_main() -> None:
             _plan(setup, output, [Connection(descriptor, readable=False) for descriptor in given])
         else:
             read, *ring = given
-            _work(setup, Connection(read, writable=False), output, TileRing(tuple(ring), _tile_shape(setup.layout)))
+            _work(setup, Connection(read, writable=False), output, TileRing(tuple(ring), setup.layout.tile_size))
     except (EOFError, BrokenPipeError):
         pass  # the process at the other end is gone, and the rank knows why
     except Exception as error:
@@ -302,7 +301,7 @@ def _plan(setup: Setup, output: Connection, tasks: list[Connection]) -> None:
 def _work(setup: Setup, tasks: Connection, output: Connection, ring: TileRing) -> None:
     """Decode worker: planned sequences to packed ones; their tiles lie in the ring."""
     reader = SampleReader(setup)
-    nothing = np.zeros((0, *_tile_shape(setup.layout)), np.uint8)
+    nothing = empty_tiles(0, setup.layout.tile_size)
     while True:
         planned, skipped = tasks.recv()
         start, out = ring.reserve(sum(document.tiles for document in planned.documents))
@@ -318,7 +317,3 @@ def _totals(reader: SampleReader, data: DataConfig) -> dict[str, int]:
         for config, source in zip(data.sources, reader.sources, strict=True)
         if config.order == "samples"
     }
-
-
-def _tile_shape(layout: VisualLayout) -> tuple[int, int, int]:
-    return (3, layout.tile_size, layout.tile_size)

@@ -12,6 +12,7 @@ from rich.progress import track
 
 from megablip.checkpoint.commit import Checkpoint, committed, open_checkpoint
 from megablip.config import Config, load_config, parse_config
+from megablip.data.images import empty_tiles
 from megablip.data.loader import setup_of
 from megablip.data.samples import SampleReader, decode, plan
 from megablip.errors import CheckpointError, ConfigError
@@ -97,7 +98,7 @@ def rebuild(run_dir: Path, step: int, say: Callable[[str], None]) -> ReplayedSte
 
 def _decoded(reader: SampleReader, layout: VisualLayout, planned, skipped) -> ReplayedSequence:
     tiles = sum(document.tiles for document in planned.documents)
-    out = np.empty((tiles, 3, layout.tile_size, layout.tile_size), np.uint8)
+    out = empty_tiles(tiles, layout.tile_size)
     packed = decode(reader, layout, planned, (), out)
     return ReplayedSequence(packed, list(_samples(reader, layout, planned, packed)))
 

@@ -7,19 +7,19 @@ import pytest
 
 from megablip.data.handover import TileRing
 
-SHAPE = (3, 4, 4)
+SIDE = 4
 
 
 @pytest.fixture
 def ring():
-    made = TileRing.create(6, SHAPE)
+    made = TileRing.create(6, SIDE)
     yield made
     made.close()
 
 
 def other_end(ring):
     """The ring as the process sees it that inherits its descriptors."""
-    return TileRing(ring.descriptors, SHAPE)
+    return TileRing(ring.descriptors, SIDE)
 
 
 def test_what_is_written_is_read_at_the_other_end(ring):
@@ -30,7 +30,7 @@ def test_what_is_written_is_read_at_the_other_end(ring):
     second, out = worker.reserve(1)
     out[:] = 9
     assert ring.view(start, 2)[:, 0, 0, 0].tolist() == [0, 1]
-    assert ring.view(second, 1).tolist() == np.full((1, *SHAPE), 9).tolist()
+    assert ring.view(second, 1).tolist() == np.full((1, 3, SIDE, SIDE), 9).tolist()
 
 
 def test_sequences_of_any_size_pass_unchanged(ring):
@@ -80,6 +80,6 @@ def test_more_than_half_of_the_ring_at_once_is_refused(ring):
 
 def test_closing_gives_back_the_descriptors():
     before = len(os.listdir("/proc/self/fd"))
-    ring = TileRing.create(2, SHAPE)
+    ring = TileRing.create(2, SIDE)
     ring.close()
     assert len(os.listdir("/proc/self/fd")) == before
