@@ -24,6 +24,7 @@ import psutil
 from megablip.config import Config, dump_config, held_out_run, load_config, refuse_changes
 from megablip.data.samples import index_sources
 from megablip.data.shards import expand_shards
+from megablip.engine.ds_config import read_ds_config
 from megablip.engine.status import EXIT_CODES, RunStatus
 from megablip.engine.topology import has_gpu
 from megablip.errors import ConfigError
@@ -78,9 +79,11 @@ def prepare_run(config: Config) -> Path:
     """Check paths and the run directory, and write the resolved config into it.
 
     Raises:
-        ConfigError: no model, or the directory belongs to another recipe.
+        ConfigError: no model, a DeepSpeed config that is not supported, or
+            the directory belongs to another recipe.
         ShardError: a source without shards.
     """
+    read_ds_config(config.engine)
     for source in config.data.sources + config.held_out.sources:
         expand_shards(source.shards)
     if not (Path(config.model.path) / "config.json").exists():

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from megablip.engine.build import build_unfilled
 from megablip.engine.topology import Topology
 from megablip.errors import CheckpointError
 from megablip.model.vision import build_tower, freeze
@@ -133,12 +134,12 @@ def load_tower(
     Raises:
         CheckpointError: the export lacks a weight of the tower.
     """
-    tower = freeze(build_tower(config, pooling_head=False))
+    tower = build_unfilled(lambda: build_tower(config, pooling_head=False), dtype, device)
     for name, parameter in tower.named_parameters():
         shape = tuple(parameter.shape)
         values = export.read(f"{VISION_TOWER}.{name}", MASTER, shape, 0, parameter.numel())
         parameter.data.copy_(values.view(shape))
-    return tower.to(device=device, dtype=dtype)
+    return freeze(tower.to(device))
 
 
 def file_hash(path: Path) -> str:

@@ -1,6 +1,6 @@
 """Who this process is among the ranks, and how they meet.
 
-Ranks are started by the deepspeed launcher, torchrun, or srun; the five
+Ranks are started by the deepspeed launcher, torchrun, or bare srun; the five
 variables that torch.distributed needs are filled in here from whichever of
 them is there, so nothing falls back to MPI discovery.
 """
@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import socket
 import sys
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -19,15 +21,7 @@ from typing import Any, NoReturn
 
 from megablip.engine.startup import spare_builds
 
-# torch's and SLURM's name of each rendezvous variable, and its value when a
-# process was started by hand, alone.
-_RENDEZVOUS = {
-    "RANK": ("SLURM_PROCID", "0"),
-    "WORLD_SIZE": ("SLURM_NTASKS", "1"),
-    "LOCAL_RANK": ("SLURM_LOCALID", "0"),
-    "MASTER_ADDR": (None, "127.0.0.1"),
-    "MASTER_PORT": (None, "29500"),
-}
+_FIRST_PORT, _PORTS = 10000, 20000  # below the range that systems give to outgoing connections
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +84,13 @@ def init_distributed(timeout_s: int, threads: int = 0) -> Topology:
         timeout_s: seconds after which a waiting collective fails.
         threads: CPU threads of this rank; 0 leaves torch's choice.
     """
-    for name, (slurm_name, alone) in _RENDEZVOUS.items():
-        os.environ.setdefault(name, os.environ.get(slurm_name or "", alone))
+    for name, value in rendezvous(os.environ).items():
+        os.environ.setdefault(name, value)
     import torch
 
     on_gpu = torch.cuda.is_available()
+    if on_gpu and torch.cuda.device_count() == 1:
+        os.environ["LOCAL_RANK"] = "0"  # srun --gpus-per-task=1: each rank sees its own GPU only
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if threads:
@@ -121,6 +117,39 @@ def init_distributed(timeout_s: int, threads: int = 0) -> Topology:
         device=torch.device("cuda", local_rank) if on_gpu else torch.device("cpu"),
     )
     return replace(topology, ranks_per_node=_ranks_per_node(topology.gather(socket.gethostname())))
+
+
+def rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables by which torch.distributed meets, as far as SLURM or nothing at all decides them.
+
+    Under bare srun all but the meeting place is SLURM's. Rank 0 runs on the
+    first node of the step; the port follows from job and step, so that two
+    jobs on one node don't meet. A process started by hand is alone.
+
+    Args:
+        environment: of this process; what torchrun or the deepspeed launcher has set there wins.
+    """
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
+    address = first_host(nodes) if nodes else environment.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
+    port = 29500
+    if "SLURM_JOB_ID" in environment:
+        # The step's number too, by a prime: two steps of a job may share a node.
+        number = int(environment["SLURM_JOB_ID"]) + 7919 * int(environment.get("SLURM_STEP_ID", 0))
+        port = _FIRST_PORT + number % _PORTS
+    return {
+        "RANK": environment.get("SLURM_PROCID", "0"),
+        # SLURM_NTASKS is the whole allocation's in a batch script; a step has its own count.
+        "WORLD_SIZE": environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1")),
+        "LOCAL_RANK": environment.get("SLURM_LOCALID", "0"),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+    }
+
+
+def first_host(nodes: str) -> str:
+    """First name of a SLURM node list: `gpu[003-007,9],login1` gives `gpu003`."""
+    first = re.split(r",(?![^\[]*\])", nodes)[0]
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first)
 
 
 def _ranks_per_node(hosts: list[str]) -> int:

@@ -18,6 +18,7 @@ from torch import nn
 from transformers.initialization import no_init_weights
 
 from megablip.config import OptimizerConfig, Part
+from megablip.engine.build import build_unfilled, plain_buffers
 from megablip.engine.layouts import FlatFragments, Layout, Partitioned, Replicated
 from megablip.engine.optimizer import parameter_groups
 from megablip.engine.topology import Topology
@@ -43,7 +44,11 @@ class ZeroEngine:
         self, build: Callable[[], nn.Module], ds_config: dict[str, Any], optimizer: OptimizerConfig, topology: Topology
     ):
         self._stage = ds_config["zero_optimization"]["stage"]
-        module = _build_partitioned(build, ds_config) if self._stage == 3 else _build_whole(build, ds_config, topology)
+        if self._stage == 3:
+            module = _build_partitioned(build, ds_config)
+        else:
+            dtype = torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32
+            module = build_unfilled(build, dtype, topology.device)
         module.train()
         named = [
             (name, p, tuple(getattr(p, "ds_shape", p.shape)))
@@ -171,48 +176,15 @@ class ZeroEngine:
 
 
 def _build_partitioned(build: Callable[[], nn.Module], ds_config: dict[str, Any]) -> nn.Module:
-    """The module with each parameter cut up as soon as it exists (ZeRO-3)."""
+    """The module with each parameter cut up as soon as it exists."""
     with deepspeed.zero.Init(config_dict_or_path=ds_config), no_init_weights():
         module = build()
     # zero.Init with bf16 casts every floating result of torch's factory
     # functions, so the inverse frequencies of rotary embeddings come out in
     # bf16, about 0.3 % off, without a warning.
-    with _parameters_on_meta(), no_init_weights():
-        plain = dict(build().named_buffers())
+    plain = plain_buffers(build)
     for name, buffer in module.named_buffers():
         if buffer.is_floating_point():
             owner_name, _, leaf = name.rpartition(".")
             setattr(module.get_submodule(owner_name), leaf, plain[name].to(buffer.device))
     return module
-
-
-def _build_whole(build: Callable[[], nn.Module], ds_config: dict[str, Any], topology: Topology) -> nn.Module:
-    """The module with uninitialised parameters in the training precision, never held in another one."""
-    dtype = torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32
-    with _parameters_on_meta(), no_init_weights():
-        module = build()
-    made: dict[nn.Parameter, nn.Parameter] = {}  # tied parameters stay tied
-    for owner in module.modules():
-        for name, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
-            if parameter not in made:
-                values = torch.empty(parameter.shape, dtype=dtype, device=topology.device)
-                made[parameter] = nn.Parameter(values, requires_grad=parameter.requires_grad)
-            setattr(owner, name, made[parameter])
-    return module
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Modules built inside have real buffers, and parameters without storage."""
-    register = nn.Module.register_parameter
-
-    def register_on_meta(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:  # one that is comes from elsewhere in the module: tied
-            parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-        register(self, name, parameter)
-
-    nn.Module.register_parameter = register_on_meta
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register

@@ -38,12 +38,11 @@ def run_matrix(folder, save_worlds, load_worlds, cells) -> None:
 
 
 def test_some_of_the_matrix(tmp_path):
-    """Saved by two ranks, loaded by two and three: weights, moments, decay; and the steps after."""
     cells = [("zero0", "fp32"), ("zero1", "bf16"), ("zero2", "bf16"), ("zero3", "bf16"), ("zero3_offload", "fp32")]
-    run_matrix(tmp_path, [2], [2, 3], cells)
+    run_matrix(tmp_path, [2], [3], cells)
 
 
 @pytest.mark.slow
 def test_the_matrix(tmp_path):
-    """All strategies and precisions, saved and loaded by one to four ranks: 44 cells, 976 loads."""
+    """All strategies and precisions, saved and loaded by one to four ranks: 44 cells, 976 loads, about 6 minutes."""
     run_matrix(tmp_path, [1, 2, 3, 4], [1, 2, 3, 4], CELLS)
