@@ -110,9 +110,6 @@ class Layout:
         whole = {MASTER: flat.detach(), **{kind: state[kind] for kind in MOMENTS}}
         return {kind: tensor.view(-1).narrow(0, offset, length) for kind, tensor in whole.items()}
 
-    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return ((name, p) for name, p in self._module.named_parameters() if p.requires_grad)
-
 
 class Replicated(Layout):
     """ZeRO-0, fp32 only: AdamW steps the weights themselves.
@@ -132,7 +129,7 @@ class Replicated(Layout):
         return self._zero
 
     def held(self) -> Iterator[Held]:
-        for name, p in self._trained():
+        for name, p in self._module.named_parameters():
             yield Held(name, tuple(p.shape), 0, p.numel(), self._views(p, 0, p.numel()))
 
     def saved(self) -> Iterator[Held]:
@@ -146,7 +143,7 @@ class Replicated(Layout):
         pass  # the masters are the working weights
 
     def before_step(self) -> None:
-        parameters = [p for _, p in self._trained()]
+        parameters = [p for _, p in self._module.named_parameters()]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         self._norm, self._applied = float(norm), math.isfinite(norm)
         if self._applied:
@@ -165,7 +162,7 @@ class Replicated(Layout):
         return self._norm
 
     def _flats(self) -> list[torch.Tensor]:
-        return [p for _, p in self._trained()]
+        return [p for _, p in self._module.named_parameters()]
 
 
 class FlatFragments(Layout):
@@ -173,7 +170,7 @@ class FlatFragments(Layout):
 
     def held(self) -> Iterator[Held]:
         flats = self._flats()
-        for name, p in self._trained():
+        for name, p in self._module.named_parameters():
             fragment = p._hp_mapping
             if fragment is not None:
                 start = fragment.lp_fragment_address.start
@@ -195,7 +192,7 @@ class Partitioned(Layout):
 
     def held(self) -> Iterator[Held]:
         flats = self._flats()
-        for name, p in self._trained():
+        for name, p in self._module.named_parameters():
             numel, width = math.prod(p.ds_shape), p.ds_tensor.numel()
             start = min(self._topology.rank * width, numel)
             end = min(start + width, numel)
@@ -211,7 +208,7 @@ class Partitioned(Layout):
 
     def after_load(self) -> None:
         flats = self._flats()
-        for _, p in self._trained():
+        for _, p in self._module.named_parameters():
             flat, offset = self._place(p, flats)
             p.ds_tensor.data.copy_(flat.data.narrow(0, offset, p.ds_tensor.numel()))
         self._zero.checkpoint_event_epilogue()

@@ -38,6 +38,10 @@ class ZeroEngine:
         build: makes the module to train, weights left uninitialised.
         ds_config: a completed DeepSpeed JSON.
         optimizer: optimizer section of the recipe.
+
+    Raises:
+        ValueError: a parameter that is not trained: it would have no master to be
+            loaded into and saved from. What is frozen stays outside.
     """
 
     def __init__(
@@ -50,11 +54,9 @@ class ZeroEngine:
             dtype = torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32
             module = build_unfilled(build, dtype, topology.device)
         module.train()
-        named = [
-            (name, p, tuple(getattr(p, "ds_shape", p.shape)))
-            for name, p in module.named_parameters()
-            if p.requires_grad
-        ]
+        if frozen := [name for name, p in module.named_parameters() if not p.requires_grad]:
+            raise ValueError(f"frozen parameters inside the engine: {', '.join(frozen)}")
+        named = [(name, p, tuple(getattr(p, "ds_shape", p.shape))) for name, p in module.named_parameters()]
         adamw = torch.optim.AdamW(
             parameter_groups(named, optimizer), lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, fused=True
         )

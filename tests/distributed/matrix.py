@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def batch(step: int) -> torch.Tensor:
     return torch.randn(ROWS, 7, generator=torch.Generator().manual_seed(step))
 
 
-def make_engine(topology: Topology, strategy: str, precision: str) -> ZeroEngine:
+def make_engine(topology: Topology, strategy: str, precision: str, build: Callable[[], nn.Module] = Toy) -> ZeroEngine:
     # A run makes one engine; DeepSpeed keeps the groups of an earlier one's hpZ.
     deepspeed.utils.groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
     if topology.world == 4:
@@ -70,7 +71,7 @@ def make_engine(topology: Topology, strategy: str, precision: str) -> ZeroEngine
     if strategy in ("zero3", "zero3_hpz"):
         # With zero3_offload all stay whole on every rank, as small parameters do.
         ds_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    return ZeroEngine(Toy, ds_config, OPTIMIZER, topology)
+    return ZeroEngine(build, ds_config, OPTIMIZER, topology)
 
 
 def train(engine: ZeroEngine, topology: Topology, precision: str, step: int) -> None:
@@ -177,6 +178,11 @@ def save_cells(topology: Topology, folder: str, cells: list[tuple[str, str]]) ->
 def load_cells(topology: Topology, folder: str, cells: list[tuple[str, str]]) -> list[str]:
     """Load every checkpoint of the folder under each (strategy, precision); what was not as it must be."""
     wrong = []
+    try:
+        make_engine(topology, "zero1", "fp32", build=lambda: Toy().requires_grad_(False))
+        wrong.append("frozen parameters are let in")
+    except ValueError:
+        pass
     plain = dict(Toy().named_buffers())
     for strategy, precision in cells:
         engine = make_engine(topology, strategy, precision)
