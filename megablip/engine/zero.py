@@ -14,6 +14,7 @@ from typing import Any
 
 import deepspeed
 import torch
+import transformers.modeling_utils  # noqa: F401 (no_init_weights needs it; under zero.Init its import would fail)
 from torch import nn
 from transformers.initialization import no_init_weights
 
