@@ -15,11 +15,11 @@ hypothesis.settings.load_profile("patient")
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """The folder of a file system of 1 MiB."""
+def small_disk(request, tmp_path):
+    """The folder of a file system of 1 MiB, or of as much as an indirect parameter says."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={getattr(request, 'param', '1m')}", "tmpfs", str(folder)]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
         pytest.skip("mounting a small file system is not allowed here")
     yield folder

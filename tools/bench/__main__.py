@@ -20,7 +20,7 @@ BENCHES = {
     "packing": "packing documents: how full sequences are, how even their tiles, how fast",
     "order": "the order of a billion samples: time and memory, even coverage, a lane's state",
     "loader": "decoding, and images a second from shards to micro-batches, beside webdataset and Megatron-Energon",
-    "engine": "a run at the demo's size: loop overhead, time to the first step",
+    "engine": "a run at the demo's size: loop overhead, time to the first step; what a save holds up",
 }
 
 
