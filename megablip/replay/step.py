@@ -63,8 +63,8 @@ def _losses(step: ReplayedStep, weights: Weights, say: Any) -> tuple[list[list[f
     before = step.checkpoint.folder.name if step.checkpoint else "the beginning"
     if weights == "checkpoint":
         sums = document_losses(step, step.checkpoint.folder if step.checkpoint else None)
-        how = f"with the weights of {before}, {step.steps_before} steps before those that the step began with"
-        how = how if step.steps_before else f"with the weights of {before}, which the step began with"
+        how = f"with the weights of {before}, "
+        how += f"older by {step.steps_before} than the step's own" if step.steps_before else "which the step began with"
     else:
         with weights_before(step, say) as folder:
             sums = document_losses(step, folder)

@@ -24,19 +24,28 @@ from megablip.replay.batch import ReplayedSequence, ReplayedStep, Sample, rebuil
 from megablip.replay.diff import compare
 from megablip.replay.page import write_replay
 from megablip.replay.step import printable, replay
-from tests.distributed import runs
-from tests.distributed.ranks import run_ranks
+from tests.distributed.exact import different
+from tests.distributed.test_exact import BUFFER, points, recipe_of, train, waiting
 
-STEPS = 6
+STEPS, CUT = 18, 15  # of two epochs; at the cut each lane's packing buffer is less than half full
 
 
 @pytest.fixture(scope="module")
-def run_dir(work) -> Path:
-    """Two ranks, six steps, checkpoints after the second and the last."""
-    folder = work / "to-replay"
-    recipe = runs.make_recipe(work, run_dir=str(folder), duration=f"{STEPS} steps", engine__precision="fp32")
-    run_ranks(2, "tests.distributed.exact:train_in_turn", str(recipe), [["stop_after_steps=2"], []])
-    return folder
+def two_runs(work) -> tuple[Path, Path]:
+    """Two ranks, fp32, deterministic: straight, and cut."""
+    recipe = recipe_of(work, "to-replay", "fp32", epochs=2)
+    folder = recipe.parent
+    cut = f"run_dir={folder}/cut"
+    for loads in train(2, recipe, [], [cut, f"stop_after_steps={CUT}"], [cut]):
+        assert loads[2]["loaded"]
+        assert loads[2]["differ"] == []
+    return folder / "straight", folder / "cut"
+
+
+@pytest.fixture(scope="module")
+def run_dir(two_runs) -> Path:
+    """The run that has checkpoints after CUT and STEPS steps."""
+    return two_runs[1]
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -58,12 +67,22 @@ def rewrite_metrics(run_dir: Path, step: int, **changes: object) -> None:
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(point) + "\n" for point in points))
 
 
+def test_a_cut_changes_no_bit(two_runs, capsys):
+    """In the second epoch, with a half-empty packing buffer."""
+    straight, cut = two_runs
+    assert compare(straight, cut), capsys.readouterr().out
+    assert points(straight) == points(cut)
+    assert len(points(cut)) == STEPS
+    assert different(straight, cut, STEPS) == []
+    assert all(0 < count < BUFFER // 2 for count in waiting(cut, CUT))
+
+
 def test_every_step_is_rebuilt_as_it_was(run_dir):
-    """Also from a checkpoint that is not right before it, and without any."""
-    for step in range(1, STEPS + 1):
+    """Right after a checkpoint, further from it, and without any before."""
+    for step in (1, 2, CUT, CUT + 1, STEPS):
         found = rebuild(run_dir, step, print)
         assert found.digest == logged(run_dir, step)["data_digest"]
-        assert found.steps_before == (step - 1 if step <= 2 else step - 3)
+        assert found.steps_before == (step - 1 if step <= CUT else step - CUT - 1)
         assert [(s.packed.lane, s.packed.index) for s in found.sequences] == [(lane, step - 1) for lane in range(4)]
         for sequence in found.sequences:
             assert [sample.key for sample in sequence.samples] == list(sequence.packed.keys)
@@ -76,28 +95,28 @@ def test_every_step_is_rebuilt_as_it_was(run_dir):
 
 def test_a_step_after_a_checkpoint_has_the_loss_that_was_logged(run_dir, tmp_path, capsys):
     before = contents(run_dir)
-    assert replay(run_dir, 3, tmp_path / "page.html", "step")
+    assert replay(run_dir, CUT + 1, tmp_path / "page.html", "step")
     assert contents(run_dir) == before, "a run is never written to"
     said = " ".join(capsys.readouterr().out.split())
     assert float(re.search(r"loss: ([0-9.]+), with the weights that the step began with \(fp32\)", said)[1]) == (
-        pytest.approx(logged(run_dir, 3)["loss"], rel=1e-5)
+        pytest.approx(logged(run_dir, CUT + 1)["loss"], rel=1e-5)
     )
     assert "the one that was logged" in said
-    assert (tmp_path / "page.html").read_text().count("<figure>") == logged(run_dir, 3)["documents_seen"] - (
-        logged(run_dir, 2)["documents_seen"]
+    assert (tmp_path / "page.html").read_text().count("<figure>") == logged(run_dir, CUT + 1)["documents_seen"] - (
+        logged(run_dir, CUT)["documents_seen"]
     )
 
 
 def test_weights_between_checkpoints_are_trained_up_to(run_dir, tmp_path, capsys):
     before = contents(run_dir)
-    assert replay(run_dir, 4, tmp_path / "page.html", "step")
+    assert replay(run_dir, CUT + 2, tmp_path / "page.html", "step")
     assert contents(run_dir) == before
     said = " ".join(capsys.readouterr().out.split())
     loss = float(re.search(r"loss: ([0-9.]+), with the weights that the step began with: trained on", said)[1])
-    assert loss == pytest.approx(logged(run_dir, 4)["loss"], rel=1e-4)
-    assert replay(run_dir, 4, tmp_path / "page.html", "checkpoint")
+    assert loss == pytest.approx(logged(run_dir, CUT + 2)["loss"], rel=1e-4)
+    assert replay(run_dir, CUT + 2, tmp_path / "page.html", "checkpoint")
     said = " ".join(capsys.readouterr().out.split())
-    older = float(re.search(r"loss: ([0-9.]+), with the weights of step_00000002, 1 steps before", said)[1])
+    older = float(re.search(r"loss: ([0-9.]+), with the weights of step_00000015, older by 1 than", said)[1])
     assert abs(older - loss) > 1e-3, "other weights"
 
 
@@ -116,9 +135,9 @@ def test_a_step_that_is_none(run_dir, tmp_path):
 def test_a_run_equals_its_copy(run_dir, tmp_path, capsys):
     assert compare(run_dir, copy(run_dir, tmp_path))
     said = capsys.readouterr().out
-    assert "data: the same in all 6 steps" in said
-    assert "loss: bit for bit the same in all 6 steps" in said
-    assert "bit for bit the same at the steps 2, 6" in said
+    assert "data: the same in all 18 steps" in said
+    assert "loss: bit for bit the same in all 18 steps" in said
+    assert "bit for bit the same at the steps 15, 18" in said
 
 
 def test_the_first_loss_that_differs_is_named(run_dir, tmp_path, capsys):
@@ -132,7 +151,7 @@ def test_the_first_loss_that_differs_is_named(run_dir, tmp_path, capsys):
 
 def test_a_moment_that_differs_in_one_bit_is_named(run_dir, tmp_path, capsys):
     other = copy(run_dir, tmp_path)
-    folder = other / "checkpoints" / "step_00000002"
+    folder = other / "checkpoints" / "step_00000015"
     path = folder / "rank_00001.safetensors"
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
@@ -149,8 +168,8 @@ def test_a_moment_that_differs_in_one_bit_is_named(run_dir, tmp_path, capsys):
     (folder / "COMMITTED").write_text(hashlib.sha256(content).hexdigest())
     assert not compare(run_dir, other)
     said = capsys.readouterr().out
-    assert f"weights: first differ at step 2: {name}, 1 of " in said
-    assert "first difference: step 2 (weights)" in said
+    assert f"weights: first differ at step 15: {name}, 1 of " in said
+    assert "first difference: step 15 (weights)" in said
 
 
 def test_the_sequence_that_differs_is_named(run_dir, tmp_path, capsys):
