@@ -19,7 +19,6 @@ from rich.table import Table
 
 from megablip.metrics.board import read_metrics
 from tools.bench import engine_save
-from tools.bench import engine_save
 from tools.bench.core import Row
 from tools.demo import RECIPES, REPOSITORY
 
@@ -42,7 +41,6 @@ def rows() -> list[Row]:
         return [
             Row("loop_overhead_share", overhead_share(parts), "", "lower", goal=0.05),
             Row("start_to_first_step", sum(median_start.values()), "s", "lower", goal=15),
-            *engine_save.rows(),
             *engine_save.rows(),
         ]
 
