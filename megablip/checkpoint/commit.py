@@ -293,6 +293,19 @@ def newest_committed(run_dir: Path) -> Path:
     return folders[-1]
 
 
+def config_of(folder: Path) -> Config:
+    """The recipe that a checkpoint was made with; nothing else of it is read or verified.
+
+    Raises:
+        CheckpointError: its file is damaged.
+    """
+    try:
+        raw = json.loads((folder / _TRAINER_STATE).read_text())["config"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"the recipe can't be read: {error}", where=str(folder / _TRAINER_STATE)) from None
+    return parse_config(raw, where=str(folder))
+
+
 def _open(folder: Path) -> Checkpoint:
     trainer_state = json.loads((folder / _TRAINER_STATE).read_text())
     if trainer_state["format"] != FORMAT_VERSION:

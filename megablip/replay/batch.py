@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -10,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from rich.progress import track
 
-from megablip.checkpoint.commit import Checkpoint, committed, open_checkpoint
-from megablip.config import Config, load_config, parse_config
+from megablip.checkpoint.commit import Checkpoint, committed, config_of, open_checkpoint
+from megablip.config import Config, load_config
 from megablip.data.images import empty_tiles
 from megablip.data.loader import setup_of
 from megablip.data.samples import SampleReader, decode, plan
@@ -142,7 +143,8 @@ def _config_of(run_dir: Path, step: int) -> Config:
     """The recipe as it was at a step: a run may go on with another one, as far as that is allowed."""
     for folder in committed(run_dir / "checkpoints"):
         if _step_of(folder) >= step:
-            return parse_config(open_checkpoint(folder).trainer_state["config"], where=str(folder))
+            with suppress(CheckpointError):
+                return config_of(folder)
     return load_config(run_dir / "config.yaml")
 
 
