@@ -2,7 +2,7 @@
 #
 #   make demo        the main job: shards to a trained model that reads digits
 #   make hello       the same path at its smallest, one rank, two minutes
-#   make test        the tests;  make test-all  adds the slow ones
+#   make test        the tests;  make test-all  adds the slow ones, AREA=tests/faults those of one area
 #   make bench       all benchmarks, side by side with their rivals
 #   make lint        style and formatting
 #
@@ -14,6 +14,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 TORCH_PIP_ARGS ?=
+AREA ?= tests
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -30,7 +31,7 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
 
 test-all: $(INSTALLED)
-	$(BIN)/python -m pytest --durations=20
+	$(BIN)/python -m pytest --durations=20 $(AREA)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m tools.bench all
