@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 
+from megablip.metrics.board import read_metrics
 from tests.distributed import runs
 from tests.faults.ranks import FaultyRun
 
@@ -32,25 +34,11 @@ def test_a_stopped_rank_ends_the_others_within_the_limit_and_the_launcher_kills_
             process = subprocess.Popen(
                 command, cwd=runs.REPOSITORY, env=runs.environment(), stderr=output, stdout=output
             )
-        _wait(lambda d=run_dir: (d / "metrics.jsonl").exists() and len(runs.losses(d)) > 5)
-        ranks = {
-            int(child.environ()["RANK"]): child
-            for child in psutil.Process(process.pid).children(recursive=True)
-            if child.cmdline()[-2:-1] == ["megablip.train"]
-        }
-        ranks[victim].send_signal(signal.SIGSTOP)
-        began = time.monotonic()
-        other = 1 - victim
-        assert not psutil.wait_procs([ranks[other]], timeout=LIMIT_S + 20)[1]
-        assert time.monotonic() - began < LIMIT_S + 10
-        assert process.wait(60) == 1
-        assert not ranks[victim].is_running() or ranks[victim].status() == psutil.STATUS_ZOMBIE
-        text = (run_dir / "stacks" / f"rank_{other}.txt").read_text()
-        assert "takes longer than its limit" in text
-        assert "megablip/train.py" in text
-        [attempt] = json.loads((run_dir / "status.json").read_text())["attempts"]
-        assert attempt["outcome"] == "failed"
-        assert "HangError" in attempt["reason"]
+        try:
+            _stop_one(run_dir, process, victim)
+        finally:
+            for child in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []:
+                child.kill()
 
 
 def test_a_wait_for_data_that_takes_too_long_dumps_the_stacks_of_all_ranks(work):
@@ -72,6 +60,28 @@ def test_a_slow_rank_is_named(work):
     assert ended[0].code == 0
     assert f"slow in compute: rank 1 on {os.uname().nodename}" in ended[0].output
     assert "rank 0 on" not in ended[0].output
+
+
+def _stop_one(run_dir: Path, process: subprocess.Popen, victim: int) -> None:
+    _wait(lambda: len(read_metrics(run_dir)) > 5)
+    ranks = {
+        int(child.environ()["RANK"]): child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if child.cmdline()[-2:-1] == ["megablip.train"] and "RANK" in child.environ()
+    }
+    ranks[victim].send_signal(signal.SIGSTOP)
+    began = time.monotonic()
+    other = 1 - victim
+    assert not psutil.wait_procs([ranks[other]], timeout=LIMIT_S + 20)[1]
+    assert time.monotonic() - began < LIMIT_S + 10
+    assert process.wait(60) == 1
+    assert not ranks[victim].is_running() or ranks[victim].status() == psutil.STATUS_ZOMBIE
+    text = (run_dir / "stacks" / f"rank_{other}.txt").read_text()
+    assert "takes longer than its limit" in text
+    assert "megablip/train.py" in text
+    [attempt] = json.loads((run_dir / "status.json").read_text())["attempts"]
+    assert attempt["outcome"] == "failed"
+    assert "HangError" in attempt["reason"]
 
 
 def _wait(condition, timeout_s: float = 120) -> None:
