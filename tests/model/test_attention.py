@@ -176,6 +176,23 @@ def test_gpu_adapters_keep_the_contract(monkeypatch, backend, window, heads):
     torch.testing.assert_close(out, reference(q, k, v, [13, 4], window=window, scale=0.2))
 
 
+@pytest.mark.parametrize("wanted", [False, True])
+def test_flash_attn_is_told_of_deterministic_mode(monkeypatch, wanted):
+    told = []
+
+    def kernel(q, *, deterministic, **options):
+        told.append(deterministic)
+        return q
+
+    monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_varlen_func=kernel))
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: wanted)
+    q = torch.randn(4, 2, DIM)
+    attention._BACKENDS["flash_attn"](
+        q, q, q, layout=PackedLayout.from_lengths([4]), causal=True, scale=1.0, window=None
+    )
+    assert told == [wanted]
+
+
 def test_backends_are_chosen_with_a_reason(monkeypatch):
     select_backend.cache_clear()
     assert select_backend("cpu", torch.bfloat16).name == "per_document"
