@@ -140,8 +140,14 @@ def signature(*facts: Any) -> int:
 
 def setup_signature(*facts: Any) -> int:
     """Of facts and of the versions that compute with them."""
-    packages = ("megablip", "torch", "deepspeed", "transformers")
-    return signature(*facts, *[metadata.version(package) for package in packages])
+    return signature(*facts, *map(_version, ("megablip", "torch", "deepspeed", "transformers")))
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # megablip run from a checkout
+        return "not installed"
 
 
 def calls_signature(micro_batches: list[MicroBatch]) -> int:
