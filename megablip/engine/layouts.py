@@ -188,7 +188,13 @@ class FlatFragments(Layout):
 
 
 class Partitioned(Layout):
-    """ZeRO-3: each parameter is cut into world equal pieces, the last padded."""
+    """ZeRO-3: each parameter is cut into world equal pieces, the last padded.
+
+    With the optimizer offloaded, DeepSpeed hands gradients over in a step's
+    last micro-batch only: a parameter that this one does not reach loses what
+    the ones before gave it. So a model must reach every parameter in every
+    micro-batch, as Blip3ForConditionalGeneration does.
+    """
 
     def held(self) -> Iterator[Held]:
         flats = self._flats()
