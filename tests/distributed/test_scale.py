@@ -1,7 +1,8 @@
 """One gradient, whatever the split into ranks and micro-batches, with and without images.
 
 It is compared with plain autograd on one process; masters are compared with
-AdamW's update at the rate and decay of their part of the model.
+AdamW's update at the rate and decay of their part of the model. The slow tests
+take about nine minutes on two busy cores.
 """
 
 from __future__ import annotations
