@@ -37,7 +37,7 @@ def test_sources_change_on_resume_if_that_is_allowed(work):
     overrides = [f"data.sources={json.dumps(changed)}"]
     with pytest.raises(ConfigError, match=r"data\.sources") as caught:
         prepare_run(load_config(recipe, overrides))
-    assert "allow_changes=[data.sources]" in caught.value.remedy
+    assert "allow_changes takes data.sources" in caught.value.remedy
     done = runs.train(recipe, *overrides, "allow_changes=[data.sources]")
     assert "sources changed: source more is new; source 0 of the checkpoint's list" in done.stdout
     [*_, last] = read_metrics(run_dir)
