@@ -10,7 +10,7 @@ V visual tokens, P patches of a tile and S pixels of a tile's side.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -270,3 +270,10 @@ class LocalSlice:
     start: int
     end: int
     tensors: dict[str, torch.Tensor]
+
+    def narrow(self, start: int, end: int) -> LocalSlice:
+        """The part of it within [start, end), as views."""
+        start, end = max(start, self.start), min(end, self.end)
+        length = max(end - start, 0)
+        tensors = {kind: view.narrow(0, start - self.start, length) for kind, view in self.tensors.items() if length}
+        return replace(self, start=start, end=start + length, tensors=tensors)

@@ -1,6 +1,6 @@
 """Where each ZeRO stage keeps the fp32 masters and moments of a rank.
 
-A layout shows them as `Held` pieces, one per parameter: views into
+A layout shows them as `LocalSlice`s, one per parameter: views into
 DeepSpeed's (or AdamW's) own memory, with the flat elements they are. Reading,
 saving and loading then need to know nothing of stages.
 
@@ -15,40 +15,18 @@ each covered by tests/distributed/test_matrix.py.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from megablip.engine.topology import Topology
-from megablip.records import MASTER, MOMENTS
+from megablip.records import MASTER, MOMENTS, LocalSlice
 
 
-@dataclass(frozen=True, slots=True)
-class Held:
-    """Elements [start, end) of a parameter on this rank.
-
-    `tensors` maps MASTER and MOMENTS to fp32 views of length end - start,
-    wherever the optimizer keeps them (host memory if it is offloaded).
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
-    tensors: dict[str, torch.Tensor]
-
-    def narrow(self, start: int, end: int) -> Held:
-        """The part of it within [start, end)."""
-        start, end = max(start, self.start), min(end, self.end)
-        length = max(end - start, 0)
-        tensors = {kind: view.narrow(0, start - self.start, length) for kind, view in self.tensors.items() if length}
-        return replace(self, start=start, end=start + length, tensors=tensors)
-
-
-class Layout:
+class Layout(ABC):
     """What all stages have in common.
 
     Args:
@@ -72,25 +50,25 @@ class Layout:
         """The AdamW inside: learning rates are written into its groups."""
         return self._zero.optimizer
 
-    def held(self) -> Iterator[Held]:
+    @abstractmethod
+    def held(self) -> Iterator[LocalSlice]:
         """All that this rank keeps; what `load` fills."""
-        raise NotImplementedError
 
-    def saved(self) -> Iterator[Held]:
+    def saved(self) -> Iterator[LocalSlice]:
         """What this rank saves: over all ranks, each element once."""
         yield from self.held()
 
-    def before_load(self) -> None:
+    def before_load(self) -> None:  # noqa: B027 (a hook: most stages need nothing here)
         """Make the working weights safe to overwrite."""
 
     def after_load(self) -> None:
         """Bring the masters into the working weights of all ranks (a collective)."""
         self._zero.update_lp_params()
 
-    def before_step(self) -> None:
+    def before_step(self) -> None:  # noqa: B027 (a hook: most stages need nothing here)
         """Called when a step's gradients are complete, before DeepSpeed's step."""
 
-    def after_step(self) -> None:
+    def after_step(self) -> None:  # noqa: B027 (a hook: most stages need nothing here)
         """Called after it."""
 
     @property
@@ -101,9 +79,9 @@ class Layout:
     def grad_norm(self) -> float:
         return float(self._engine.get_global_grad_norm())
 
+    @abstractmethod
     def _flats(self) -> list[torch.Tensor]:
         """The fp32 tensors that AdamW steps."""
-        raise NotImplementedError
 
     def _views(self, flat: torch.Tensor, offset: int, length: int) -> dict[str, torch.Tensor]:
         state = self.optimizer.state[flat]
@@ -128,11 +106,11 @@ class Replicated(Layout):
     def optimizer(self) -> torch.optim.Optimizer:
         return self._zero
 
-    def held(self) -> Iterator[Held]:
+    def held(self) -> Iterator[LocalSlice]:
         for name, p in self._module.named_parameters():
-            yield Held(name, tuple(p.shape), 0, p.numel(), self._views(p, 0, p.numel()))
+            yield LocalSlice(name, tuple(p.shape), 0, p.numel(), self._views(p, 0, p.numel()))
 
-    def saved(self) -> Iterator[Held]:
+    def saved(self) -> Iterator[LocalSlice]:
         for piece in self.held():
             width = -(-piece.end // self._topology.world)
             mine = piece.narrow(self._topology.rank * width, (self._topology.rank + 1) * width)
@@ -168,14 +146,14 @@ class Replicated(Layout):
 class FlatFragments(Layout):
     """ZeRO-1 and 2: DeepSpeed maps each parameter to its fragment of this rank's partition."""
 
-    def held(self) -> Iterator[Held]:
+    def held(self) -> Iterator[LocalSlice]:
         flats = self._flats()
         for name, p in self._module.named_parameters():
             fragment = p._hp_mapping
             if fragment is not None:
                 start = fragment.lp_fragment_address.start
                 at = fragment.hp_fragment_address
-                yield Held(
+                yield LocalSlice(
                     name,
                     tuple(p.shape),
                     start,
@@ -196,7 +174,7 @@ class Partitioned(Layout):
     micro-batch, as Blip3ForConditionalGeneration does.
     """
 
-    def held(self) -> Iterator[Held]:
+    def held(self) -> Iterator[LocalSlice]:
         flats = self._flats()
         for name, p in self._module.named_parameters():
             numel, width = math.prod(p.ds_shape), p.ds_tensor.numel()
@@ -204,7 +182,7 @@ class Partitioned(Layout):
             end = min(start + width, numel)
             if end > start:
                 flat, offset = self._place(p, flats)
-                yield Held(name, tuple(p.ds_shape), start, end, self._views(flat, offset, end - start))
+                yield LocalSlice(name, tuple(p.ds_shape), start, end, self._views(flat, offset, end - start))
 
     def before_load(self) -> None:
         self._zero.checkpoint_event_prologue()

@@ -131,8 +131,7 @@ class ZeroEngine:
 
     def local_slices(self) -> Iterator[LocalSlice]:
         """All that this rank saves, where it lies: valid until the next step; no collective."""
-        for piece in self._layout.saved():
-            yield LocalSlice(piece.name, piece.shape, piece.start, piece.end, piece.tensors)
+        return self._layout.saved()
 
     def load(self, read: ReadSlice, *, moments: bool, adam_step: int = 0) -> None:
         """Fill the fp32 masters (and moments), then the working weights from them.
