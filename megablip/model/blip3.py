@@ -38,7 +38,16 @@ from megablip.model.samplers import PerceiverResampler, regroup_released
 from megablip.model.vision import build_tower, encode_tiles, freeze, tower_features
 from megablip.records import IGNORE_LABEL, MicroBatch, VisualLayout
 
-# The released model (arXiv 2408.08872 v1): sizes of its sampler and its tile templates.
+# The released model (arXiv 2408.08872 v1): sizes of its parts and its tile templates.
+_PHI3_MINI_4K = {"sliding_window": 2047, "pad_token_id": 32011}
+_SIGLIP_SO400M_384 = {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "image_size": 384,
+    "patch_size": 14,
+}
 _SAMPLER = {"depth": 6, "heads": 16, "dim_head": 96, "num_latents": 128, "ff_mult": 4}
 _GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 
@@ -61,8 +70,8 @@ class Blip3Config(PreTrainedConfig):
 
     model_type = "megablip"
     sub_configs_defaults = {  # noqa: RUF012
-        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="phi3"),
-        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="siglip_vision_model"),
+        "text_config": SubConfigSpec(AutoConfig, "phi3", _PHI3_MINI_4K),
+        "vision_config": SubConfigSpec(AutoConfig, "siglip_vision_model", _SIGLIP_SO400M_384),
     }
 
     text_config: dict | PreTrainedConfig | None = None
