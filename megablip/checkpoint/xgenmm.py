@@ -25,7 +25,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
+
 from megablip.errors import CheckpointError
+from megablip.model.blip3 import Blip3Config, Blip3ForConditionalGeneration
 from megablip.tokens import VISION_TOKENS
 
 Shape = tuple[int, ...]
@@ -198,12 +201,19 @@ def our_unfilled(released: Iterable[ReleasedTensor], shapes: Mapping[str, Shape]
     return {name: ranges for name, ranges in gaps.items() if ranges}
 
 
-def model_shapes(config) -> dict[str, Shape]:
+def released_config() -> Blip3Config:
+    """The config of the release v1.5.
+
+    With a row for each id and none more (32015, where the large tables have 32064):
+    the softmax is then over the released model's logits, no others.
+    """
+    config = Blip3Config(tile_layout="released")
+    config.text_config.vocab_size = config.image_token_id + ADDED_TOKENS
+    return config
+
+
+def model_shapes(config: Blip3Config) -> dict[str, Shape]:
     """Shapes of all tensors of the model of a Blip3Config, by name; nothing is allocated."""
-    import torch
-
-    from megablip.model.blip3 import Blip3ForConditionalGeneration
-
     with torch.device("meta"):
         model = Blip3ForConditionalGeneration(config)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

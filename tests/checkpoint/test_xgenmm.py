@@ -13,6 +13,7 @@ from megablip.checkpoint.xgenmm import (
     model_shapes,
     our_sources,
     our_unfilled,
+    released_config,
     released_layout,
     released_name,
 )
@@ -26,7 +27,7 @@ FIRST_ADDED = 32012
 @pytest.fixture(scope="module")
 def full():
     """Shapes of the released model's size, on no memory."""
-    return model_shapes(Blip3Config())
+    return model_shapes(released_config())
 
 
 @pytest.fixture(scope="module")
