@@ -191,6 +191,21 @@ class OptimizerConfig(Section):
         return self
 
 
+class LoraConfig(Section):
+    """Adapters beside the decoder's frozen linear layers; tower, sampler, embeddings and head are frozen too."""
+
+    rank: int = Field(64, gt=0)
+    """On Phi-3's four fused projections 64 makes 100.7M parameters, 2.6 % of the decoder."""
+    alpha: float = Field(16.0, gt=0)
+    """The adapters' product is scaled by alpha / rank."""
+    dropout: float = Field(0.05, ge=0, lt=1)
+    """Of the adapters' inputs. Rank, alpha and dropout are those of the authors of VLFeedback (arXiv 2312.10665)."""
+    targets: list[str] = []
+    """Linear layers that get an adapter, by the last part of their names; none: all of the decoder's blocks."""
+    also_train: list[Literal["sampler", "embeddings", "head"]] = []
+    """Parts trained whole beside the adapters."""
+
+
 class ModelConfig(Section):
     path: str
     """Folder of the Hugging Face export that the stage starts from."""
@@ -198,6 +213,34 @@ class ModelConfig(Section):
     """Train the vision tower too, on all tiles of a micro-batch at once; else it is frozen, whole on every rank."""
     activation_checkpointing: bool = operational(False)
     """Compute the activations of decoder and trained tower again in the backward, instead of keeping them."""
+    lora: LoraConfig | None = None
+    """Train adapters instead of the model's own weights."""
+
+    @model_validator(mode="after")
+    def _lora_freezes_the_tower(self) -> ModelConfig:
+        if self.lora and self.train_tower:
+            raise ValueError("train_tower and lora exclude each other: adapters leave the tower frozen")
+        return self
+
+
+class PreferenceConfig(Section):
+    """The loss of stage dpo, on pairs of answers."""
+
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    beta: float = Field(0.1, gt=0)
+    """Strength of the pull to the reference; 0.1 is that of the authors of VLFeedback (arXiv 2312.10665)."""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """Of sigmoid: the share of pairs whose order is taken to be wrong (conservative DPO)."""
+    sft_weight: float = Field(0.0, ge=0)
+    """Weight of the chosen answer's own cross entropy, which keeps it likely."""
+    length_normalized: bool = False
+    """Compare mean log-probabilities per label instead of sums; ipo always does."""
+
+    @model_validator(mode="after")
+    def _smoothing_belongs_to_sigmoid(self) -> PreferenceConfig:
+        if self.label_smoothing and self.loss != "sigmoid":
+            raise ValueError("label_smoothing is of the sigmoid loss only")
+        return self
 
 
 class EngineConfig(Section):

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from megablip.checkpoint.commit import CheckpointStore
-from megablip.checkpoint.export import ExportReader, load_tower
+from megablip.checkpoint.export import ExportReader, first_weights, load_tower
 from megablip.checkpoint.saver import Saver
 from megablip.checkpoint.slices import SliceReader
 from megablip.config import Config, load_config
@@ -41,6 +41,7 @@ from megablip.metrics.recorder import Recorder
 from megablip.metrics.startup import StartClock
 from megablip.model.attention import select_backend
 from megablip.model.blip3 import Blip3Config, Blip3ForConditionalGeneration
+from megablip.model.lora import add_lora
 from megablip.model.vision import encode_tiles
 
 
@@ -87,13 +88,15 @@ def run(config: Config, topology: Topology, guard: Guard, stop: StopSignal, cloc
         ds_config = complete_ds_config(config.engine, config.optimizer.clip_norm, micro_batches, topology)
         say(f"DeepSpeed: {ds_config}")
         engine = ZeroEngine(partial(_build, model_config, config), ds_config, config.optimizer, topology)
+        begin = first_weights(export, config.seed)
         if checkpoint:
             reader = SliceReader(checkpoint.folder)
-            engine.load(reader.read, moments=True, adam_step=checkpoint.trainer_state["adam_step"])
+            adam_step = checkpoint.trainer_state["adam_step"]
+            engine.load(reader.read, moments=True, adam_step=adam_step, read_frozen=begin)
             restore_rng(reader.rng_states(topology.rank))
             say(f"resumed from {checkpoint.folder.name}")
         else:
-            engine.load(export.read, moments=False)
+            engine.load(begin, moments=False)
             say(f"starting from {config.model.path}")
         tower = None  # trained: inside the engine
         if not config.model.train_tower:
@@ -119,6 +122,8 @@ def _build(model_config: Blip3Config, config: Config) -> Blip3ForConditionalGene
     """The part of the model that is trained; a frozen tower stays outside the engine."""
     trained = config.model.train_tower
     model = Blip3ForConditionalGeneration(model_config, with_vision_tower=trained, train_tower=trained)
+    if config.model.lora:
+        add_lora(model, config.model.lora)
     if config.model.activation_checkpointing:
         # Non-reentrant, for inputs without a gradient are right in it too.
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from megablip.engine.build import build_unfilled
 from megablip.engine.topology import Topology
 from megablip.errors import CheckpointError
+from megablip.model.lora import base_name, initial_adapter
 from megablip.model.vision import build_tower, freeze
 from megablip.records import MASTER
 
@@ -113,6 +115,18 @@ class ExportReader:
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"the file can't be read: {error}", where=str(self.folder / name)) from None
         return self._open[name]
+
+
+def first_weights(export: ExportReader, seed: int) -> Callable[[str, str, tuple[int, ...], int, int], torch.Tensor]:
+    """What a run begins with, slice by slice: the export's weights, and fresh adapters where the model has them."""
+
+    def read(name: str, kind: str, shape: tuple[int, ...], start: int, end: int) -> torch.Tensor:
+        adapter = initial_adapter(name, shape, seed)
+        if adapter is not None:
+            return adapter.flatten()[start:end]
+        return export.read(base_name(name), kind, shape, start, end)
+
+    return read
 
 
 def _read_index(path: Path) -> dict[str, str]:

@@ -35,7 +35,10 @@ class Layout(ABC):
     """
 
     def __init__(self, engine: Any, module: nn.Module, topology: Topology):
-        self._engine, self._zero, self._module, self._topology = engine, engine.optimizer, module, topology
+        self._engine, self._zero, self._topology = engine, engine.optimizer, topology
+        # Whether a parameter is trained is settled here: adapters are switched off and on later.
+        self._trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self._frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
         for flat in self._flats():
             # torch's AdamW makes its state at the first step; a checkpoint of step
             # 0 and a load before it need the state to be there.
@@ -52,7 +55,12 @@ class Layout(ABC):
 
     @abstractmethod
     def held(self) -> Iterator[LocalSlice]:
-        """All that this rank keeps; what `load` fills."""
+        """All of the trained parameters that this rank keeps; what `load` fills."""
+
+    def frozen(self) -> Iterator[LocalSlice]:
+        """What this rank keeps of the frozen parameters: a MASTER in working precision and no moments."""
+        for name, p in self._frozen.items():
+            yield LocalSlice(name, tuple(p.shape), 0, p.numel(), {MASTER: p.data.view(-1)})
 
     def saved(self) -> Iterator[LocalSlice]:
         """What this rank saves: over all ranks, each element once."""
@@ -107,7 +115,7 @@ class Replicated(Layout):
         return self._zero
 
     def held(self) -> Iterator[LocalSlice]:
-        for name, p in self._module.named_parameters():
+        for name, p in self._trained.items():
             yield LocalSlice(name, tuple(p.shape), 0, p.numel(), self._views(p, 0, p.numel()))
 
     def saved(self) -> Iterator[LocalSlice]:
@@ -121,7 +129,7 @@ class Replicated(Layout):
         pass  # the masters are the working weights
 
     def before_step(self) -> None:
-        parameters = [p for _, p in self._module.named_parameters()]
+        parameters = list(self._trained.values())
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         self._norm, self._applied = float(norm), math.isfinite(norm)
         if self._applied:
@@ -140,7 +148,7 @@ class Replicated(Layout):
         return self._norm
 
     def _flats(self) -> list[torch.Tensor]:
-        return [p for _, p in self._module.named_parameters()]
+        return list(self._trained.values())
 
 
 class FlatFragments(Layout):
@@ -148,7 +156,7 @@ class FlatFragments(Layout):
 
     def held(self) -> Iterator[LocalSlice]:
         flats = self._flats()
-        for name, p in self._module.named_parameters():
+        for name, p in self._trained.items():
             fragment = p._hp_mapping
             if fragment is not None:
                 start = fragment.lp_fragment_address.start
@@ -176,13 +184,23 @@ class Partitioned(Layout):
 
     def held(self) -> Iterator[LocalSlice]:
         flats = self._flats()
-        for name, p in self._module.named_parameters():
-            numel, width = math.prod(p.ds_shape), p.ds_tensor.numel()
-            start = min(self._topology.rank * width, numel)
-            end = min(start + width, numel)
+        for name, p in self._trained.items():
+            start, end = self._extent(p)
             if end > start:
                 flat, offset = self._place(p, flats)
                 yield LocalSlice(name, tuple(p.ds_shape), start, end, self._views(flat, offset, end - start))
+
+    def frozen(self) -> Iterator[LocalSlice]:
+        for name, p in self._frozen.items():
+            start, end = self._extent(p)
+            if end > start:
+                yield LocalSlice(name, tuple(p.ds_shape), start, end, {MASTER: p.ds_tensor.data[: end - start]})
+
+    def _extent(self, p: nn.Parameter) -> tuple[int, int]:
+        """The flat elements [start, end) of a parameter that this rank owns."""
+        numel, width = math.prod(p.ds_shape), p.ds_tensor.numel()
+        start = min(self._topology.rank * width, numel)
+        return start, min(start + width, numel)
 
     def before_load(self) -> None:
         self._zero.checkpoint_event_prologue()
@@ -192,7 +210,7 @@ class Partitioned(Layout):
 
     def after_load(self) -> None:
         flats = self._flats()
-        for _, p in self._module.named_parameters():
+        for p in self._trained.values():
             flat, offset = self._place(p, flats)
             p.ds_tensor.data.copy_(flat.data.narrow(0, offset, p.ds_tensor.numel()))
         self._zero.checkpoint_event_epilogue()

@@ -40,9 +40,8 @@ class ZeroEngine:
         ds_config: a completed DeepSpeed JSON.
         optimizer: optimizer section of the recipe.
 
-    Raises:
-        ValueError: a parameter that is not trained: it would have no master to be
-            loaded into and saved from. What is frozen stays outside.
+    Parameters of the module that need no gradient are frozen: held in working
+    precision, cut up like the others under ZeRO-3, loaded, never saved.
     """
 
     def __init__(
@@ -55,9 +54,9 @@ class ZeroEngine:
             dtype = torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32
             module = build_unfilled(build, dtype, topology.device)
         module.train()
-        if frozen := [name for name, p in module.named_parameters() if not p.requires_grad]:
-            raise ValueError(f"frozen parameters inside the engine: {', '.join(frozen)}")
-        named = [(name, p, tuple(getattr(p, "ds_shape", p.shape))) for name, p in module.named_parameters()]
+        named = [
+            (name, p, tuple(getattr(p, "ds_shape", p.shape))) for name, p in module.named_parameters() if p.requires_grad
+        ]
         adamw = torch.optim.AdamW(
             parameter_groups(named, optimizer), lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, fused=True
         )
@@ -133,7 +132,9 @@ class ZeroEngine:
         """All that this rank saves, where it lies: valid until the next step; no collective."""
         return self._layout.saved()
 
-    def load(self, read: ReadSlice, *, moments: bool, adam_step: int = 0) -> None:
+    def load(
+        self, read: ReadSlice, *, moments: bool, adam_step: int = 0, read_frozen: ReadSlice | None = None
+    ) -> None:
         """Fill the fp32 masters (and moments), then the working weights from them.
 
         After `initialize`, so that nothing is rounded to bf16 on the way; each
@@ -143,16 +144,17 @@ class ZeroEngine:
             read: gives the flat elements of a parameter.
             moments: read the optimizer's moments too; else they are zero.
             adam_step: the optimizer's own count of updates.
+            read_frozen: gives those of a frozen parameter; None: `read` does.
         """
         self._layout.before_load()
+        for piece in self._layout.frozen():
+            _fill(piece, MASTER, read_frozen or read)
         for piece in self._layout.held():
             for kind in (MASTER, *MOMENTS):
                 if kind in MOMENTS and not moments:
                     piece.tensors[kind].zero_()
-                    continue
-                for start in range(piece.start, piece.end, _READ_ELEMENTS):
-                    part = piece.narrow(start, start + _READ_ELEMENTS)
-                    part.tensors[kind].copy_(read(piece.name, kind, piece.shape, part.start, part.end))
+                else:
+                    _fill(piece, kind, read)
         for state in self._layout.optimizer.state.values():
             state["step"].fill_(adam_step)
         self._layout.after_load()
@@ -175,6 +177,12 @@ class ZeroEngine:
 
     def _whole(self, parameters: list[nn.Parameter]) -> Any:
         return deepspeed.zero.GatheredParameters(parameters, enabled=self._stage == 3)
+
+
+def _fill(piece: LocalSlice, kind: str, read: ReadSlice) -> None:
+    for start in range(piece.start, piece.end, _READ_ELEMENTS):
+        part = piece.narrow(start, start + _READ_ELEMENTS)
+        part.tensors[kind].copy_(read(piece.name, kind, piece.shape, part.start, part.end))
 
 
 def _build_partitioned(build: Callable[[], nn.Module], ds_config: dict[str, Any]) -> nn.Module:
