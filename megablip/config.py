@@ -324,7 +324,8 @@ class HealthConfig(Section):
 class Config(Section):
     """A whole run."""
 
-    stage: Literal["pretrain"]
+    stage: Literal["pretrain", "sft", "interleave", "dpo", "safety"]
+    """dpo minimizes `preference` on pairs of answers; all others the cross entropy of tokens."""
     run_dir: str = operational()
     """Checkpoints, logs and status of this run."""
     seed: int = 0
@@ -344,6 +345,7 @@ class Config(Section):
     data: DataConfig
     batch: BatchConfig
     optimizer: OptimizerConfig
+    preference: PreferenceConfig = PreferenceConfig()
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
@@ -369,6 +371,24 @@ class Config(Section):
     def _parts_are_trained(self) -> Config:
         if "tower" in self.optimizer.lr_by_part and not self.model.train_tower:
             raise ValueError("optimizer.lr_by_part names the tower, which is frozen unless model.train_tower is true")
+        lora = self.model.lora
+        if lora and "sampler" in self.optimizer.lr_by_part and "sampler" not in lora.also_train:
+            raise ValueError("optimizer.lr_by_part names the sampler, which model.lora freezes; see lora.also_train")
+        return self
+
+    @model_validator(mode="after")
+    def _pairs_belong_to_dpo(self) -> Config:
+        pairs = [source.name for source in self.data.sources if source.schema_name == "preference"]
+        if self.stage != "dpo" and pairs:
+            raise ValueError(f"data.sources: {', '.join(pairs)}: pairs of answers are for the stage dpo")
+        if self.stage == "dpo":
+            if len(pairs) < len(self.data.sources):
+                raise ValueError("data.sources: the stage dpo takes sources of the schema 'preference' only")
+            if not self.model.lora or self.model.lora.also_train:
+                raise ValueError(
+                    "the stage dpo needs model.lora, and nothing trained beside the adapters: its reference is the "
+                    "model without them"
+                )
         return self
 
     @model_validator(mode="after")

@@ -253,6 +253,11 @@ class MicroBatch:
         # the packer sets it to IGNORE_LABEL, so this is the loss's normaliser.
         return int((self.labels != IGNORE_LABEL).sum())
 
+    @property
+    def pairs(self) -> int:
+        """Preference pairs, each of two documents."""
+        return int((self.pair >= 0).sum()) // 2
+
 
 MASTER = "fp32"
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -28,6 +28,7 @@ from megablip.engine.determinism import make_deterministic
 from megablip.engine.ds_config import complete_ds_config
 from megablip.engine.guard import Guard, end_run
 from megablip.engine.health import HealthMonitor
+from megablip.engine.objective import Objective, objective_of
 from megablip.engine.progress import Progress
 from megablip.engine.rng import restore_rng
 from megablip.engine.schedule import learning_rates
@@ -103,11 +104,14 @@ def run(config: Config, topology: Topology, guard: Guard, stop: StopSignal, cloc
             tower = load_tower(export, model_config.vision_config, dtype, topology.device)
 
         clock.lap("engine")
-        recorder = Recorder(config, model_config, topology, engine, tower, loader, progress, clock)
+        objective = objective_of(config)
+        recorder = Recorder(config, model_config, topology, engine, tower, loader, progress, clock, objective)
         guard.watch(engine.module)
         health = HealthMonitor(config, topology, progress.step, base, say, recorder.note)
         saver = Saver(config, store, engine, progress, topology, base, say)
-        trainer = Trainer(config, topology, engine, tower, loader, saver, progress, recorder, stop, guard, health, say)
+        trainer = Trainer(
+            config, topology, engine, tower, objective, loader, saver, progress, recorder, stop, guard, health, say
+        )
         outcome = trainer.train()
     recorder.close()
     if topology.is_first:
@@ -138,6 +142,7 @@ class Trainer:
     topology: Topology
     engine: ZeroEngine
     tower: torch.nn.Module | None  # None where it is trained, inside the engine
+    objective: Objective
     loader: Loader
     saver: Saver
     progress: Progress
@@ -199,9 +204,9 @@ class Trainer:
     def step(self, batch: StepBatch, total: StepReport) -> None:
         """One optimizer step on the global batch.
 
-        The gradient is that of the sum of token losses over the count of valid
-        labels of the *global* batch, however it is split into ranks and
-        micro-batches: ZeRO averages over ranks, hence the factor `world`.
+        The gradient is that of the sum of losses over the count of valid labels
+        (or preference pairs) of the *global* batch, however it is split into ranks
+        and micro-batches: ZeRO averages over ranks, hence the factor `world`.
         """
         self.guard.enter("step")
         config, progress, loader, part = self.config, self.progress, self.loader, self.recorder.timer.part
@@ -209,19 +214,19 @@ class Trainer:
             config.optimizer, config.duration,
             step=progress.step, tokens=progress.tokens, epochs=progress.epochs, step_tokens=total.tokens,
         )  # fmt: skip
-        scale = self.topology.world / max(total.valid_labels, 1)
+        scale = self.topology.world / max(self.objective.count(total), 1)
         sums = self.recorder.begin(batch)
         for micro_batch in batch.micro_batches:
             micro_batch = micro_batch.to(self.topology.device)
             with part("vision"), self.health.local():
                 features = encode_tiles(self.tower, micro_batch.tiles) if self.tower else None
             with part("forward"):
-                losses = self.engine(packed=micro_batch, vision_features=features)
+                losses, found = self.objective(self.engine, micro_batch, features)
             with part("backward"):
                 self.engine.backward(losses.loss * self.health.factor(losses.loss, scale))
             with part("optimizer"):
                 self.engine.step(rates)
-            sums.add(micro_batch, losses)
+            sums.add(micro_batch, losses, found)
         sums.reduce()
         loader.quarantine.check(sums.count("bad"), loader.samples)
 

@@ -71,7 +71,7 @@ def test_an_unknown_key_names_the_nearest(recipe, override, words):
         ("data.sources.0.schema=parquet", "caption"),
         ("data.sources.0.name=b", "distinct names"),
         ("checkpoint.keep=1", "checkpoint.keep"),
-        ("stage=sft", "pretrain"),
+        ("stage=stf", "pretrain"),
         ("engine=null", "engine"),
         ("duration=soon", "'soon' is no duration; write for example '2000 steps'"),
         ("duration=1.2.3 steps", "'1.2.3 steps' is no duration"),
@@ -336,6 +336,11 @@ IDENTITY = {
     "optimizer__weight_decay": 0.5,
     "optimizer__clip_norm": 0.5,
     "optimizer__min_lr_ratio": 0.5,
+    "preference__loss": "ipo",
+    "preference__beta": 0.2,
+    "preference__label_smoothing": 0.1,
+    "preference__sft_weight": 0.5,
+    "preference__length_normalized": True,
     "engine__precision": "fp32",
 }
 
@@ -360,9 +365,15 @@ def test_the_length_of_a_decay_may_not_change():
     assert identity_changes(changed(**wsd), other) == ["optimizer.decay: 5 steps -> 6 steps"]
 
 
+def test_adapters_may_not_change():
+    four, eight = changed(model__lora={"rank": 4}), changed(model__lora={"rank": 8})
+    assert identity_changes(four, eight) == ["model.lora.rank: 4 -> 8"]
+    assert identity_changes(changed(), four)
+
+
 def test_every_field_is_in_one_of_these_lists():
     """So that whoever adds a field decides whether a resumed run may change it."""
-    listed = {key.replace("__", ".") for key in OPERATIONAL | IDENTITY} | {"optimizer.decay"}
+    listed = {key.replace("__", ".") for key in OPERATIONAL | IDENTITY} | {"optimizer.decay", "model.lora"}
     dumped = yaml.safe_load(dump_config(changed()))
     assert {re.sub(r"\.[01]\.", ".*.", key) for key in listed} | {"stage"} == set(flat_keys(dumped))
 
@@ -402,3 +413,17 @@ def test_what_is_dumped_loads_back_equal(tmp_path_factory, lr, seed, duration, n
     path.write_text(dump_config(config))
     assert load_config(path) == config
     assert identity_changes(load_config(path), config) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("stage=dpo",), "takes sources of the schema 'preference' only"),
+        (("stage=dpo", "data.sources.0.schema=preference", "data.sources.1.schema=preference"), "needs model.lora"),
+        (("data.sources.0.schema=preference",), "a: pairs of answers are for the stage dpo"),
+        (("model.lora.rank=8", "model.train_tower=true"), "train_tower and lora exclude each other"),
+        (("model.lora.rank=8", "optimizer.lr_by_part={sampler: 1}"), "model.lora freezes"),
+    ],
+)
+def test_adapters_and_pairs_belong_to_their_stages(recipe, overrides, words):
+    assert words in refusal(recipe, *overrides)

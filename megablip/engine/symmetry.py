@@ -35,6 +35,7 @@ class StepReport:
     tokens: int = 0
     documents: int = 0
     valid_labels: int = 0
+    pairs: int = 0  # of a chosen and a rejected answer
     samples_done: int = 0  # since the start of the run, by this rank's lanes
     data_digest: int = 0  # of this rank's share; the total is taken modulo DIGESTS
     tiles: int = 0
@@ -117,6 +118,7 @@ def report_of(batch: StepBatch | None, **fields: int) -> StepReport:
         tokens=batch.tokens,
         documents=batch.documents,
         valid_labels=batch.valid_labels,
+        pairs=sum(micro_batch.pairs for micro_batch in batch.micro_batches),
         samples_done=batch.samples_done,
         data_digest=batch.data_digest,
         tiles=sum(len(micro_batch.tiles) for micro_batch in batch.micro_batches),

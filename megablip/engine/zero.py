@@ -55,7 +55,9 @@ class ZeroEngine:
             module = build_unfilled(build, dtype, topology.device)
         module.train()
         named = [
-            (name, p, tuple(getattr(p, "ds_shape", p.shape))) for name, p in module.named_parameters() if p.requires_grad
+            (name, p, tuple(getattr(p, "ds_shape", p.shape)))
+            for name, p in module.named_parameters()
+            if p.requires_grad
         ]
         adamw = torch.optim.AdamW(
             parameter_groups(named, optimizer), lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, fused=True
@@ -132,9 +134,7 @@ class ZeroEngine:
         """All that this rank saves, where it lies: valid until the next step; no collective."""
         return self._layout.saved()
 
-    def load(
-        self, read: ReadSlice, *, moments: bool, adam_step: int = 0, read_frozen: ReadSlice | None = None
-    ) -> None:
+    def load(self, read: ReadSlice, *, moments: bool, adam_step: int = 0, read_frozen: ReadSlice | None = None) -> None:
         """Fill the fp32 masters (and moments), then the working weights from them.
 
         After `initialize`, so that nothing is rounded to bf16 on the way; each

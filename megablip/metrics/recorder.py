@@ -19,6 +19,7 @@ from torch import nn
 
 from megablip.config import Config, dump_config
 from megablip.data.loader import Loader, StepBatch
+from megablip.engine.objective import Objective
 from megablip.engine.progress import Progress
 from megablip.engine.symmetry import StepReport
 from megablip.engine.topology import Topology
@@ -57,8 +58,10 @@ class Recorder:
         loader: Loader,
         progress: Progress,
         clock: StartClock,
+        objective: Objective,
     ):
         self._config, self._topology, self._loader, self._progress = config, topology, loader, progress
+        self._objective = objective
         self._clock: StartClock | None = clock
         self._flops = ModelFlops.of(engine.module, tower or engine.module.vision_tower, model_config)
         self._peak = peak_flops(torch.cuda.get_device_name()) if topology.device.type == "cuda" else None
@@ -98,7 +101,7 @@ class Recorder:
             facts.device_bytes = torch.cuda.max_memory_allocated(device)
         return StepSums(
             self._names, batch.samples_drawn, self._loader.quarantine.counts, batch.micro_batches, facts,
-            self._flops.window, self._topology.rank, self._topology.world, device,
+            self._flops.window, self._objective.sums, self._topology.rank, self._topology.world, device,
         )  # fmt: skip
 
     def end(self, sums: StepSums, total: StepReport, scalars: Mapping[str, float]) -> None:
@@ -158,6 +161,7 @@ class Recorder:
         sequences = batch.lanes * batch.sequences_per_lane
         scalars = {
             "loss": sums.loss,
+            **{f"preference/{name}": value for name, value in sums.by_pair.items() if name != "loss"},
             **{f"loss_by_source/{name}": loss for name, loss in sums.loss_by_source.items()},
             "tokens_seen": progress.tokens,
             "documents_seen": progress.documents,

@@ -39,6 +39,7 @@ class StepSums:
         micro_batches: of this rank, on the host.
         facts: of this rank; those of the micro-batches are added here.
         window: tokens that one of the decoder sees at most, itself included; None: no limit.
+        objective: names of what the stage's objective sums, `pairs` among them if there is any.
         rank, world: data-parallel.
         device: that the losses are on.
     """
@@ -51,11 +52,12 @@ class StepSums:
         micro_batches: Sequence[MicroBatch],
         facts: RankFacts,
         window: int | None,
+        objective: Sequence[str],
         rank: int,
         world: int,
         device: torch.device,
     ):
-        self._names, self._world = names, world
+        self._names, self._world, self._objective_names = names, world, tuple(objective)
         # The last column is that of dummies, whose source is -1.
         by_source = np.zeros((len(_BY_SOURCE), len(names) + 1))
         by_source[2, :-1] = drawn
@@ -73,12 +75,18 @@ class StepSums:
         by_source[4:, -1] = 0
         by_rank = np.zeros((world, len(fields(RankFacts))))
         by_rank[rank] = astuple(facts)
-        flat = np.concatenate([by_source.ravel(), by_rank.ravel()])
+        flat = np.concatenate([by_source.ravel(), by_rank.ravel(), np.zeros(len(objective))])
         self._sums = torch.from_numpy(flat).to(device)
+        self._objective = self._sums[len(flat) - len(objective) :]
         self._losses = self._sums[: 2 * (len(names) + 1)].view(2, -1)
 
-    def add(self, micro_batch: MicroBatch, losses: PackedLoss) -> None:
-        """Args: micro_batch: on the device."""
+    def add(self, micro_batch: MicroBatch, losses: PackedLoss, objective: torch.Tensor | None = None) -> None:
+        """Args:
+        micro_batch: on the device.
+        objective: float64 values of what the objective sums.
+        """
+        if objective is not None:
+            self._objective += objective
         column = micro_batch.source % self._losses.shape[1]
         self._losses[0].index_add_(0, column, losses.document_loss.double())
         self._losses[1].index_add_(0, column, losses.document_labels.double())
@@ -89,7 +97,9 @@ class StepSums:
         flat = self._sums.cpu().numpy()
         middle = len(_BY_SOURCE) * (len(self._names) + 1)
         self._by_source = dict(zip(_BY_SOURCE, flat[:middle].reshape(len(_BY_SOURCE), -1), strict=True))
-        by_rank = flat[middle:].reshape(self._world, -1)
+        end = len(flat) - len(self._objective_names)
+        by_rank = flat[middle:end].reshape(self._world, -1)
+        self._of_objective = dict(zip(self._objective_names, flat[end:].tolist(), strict=True))
         self.total = RankFacts(*by_rank.sum(axis=0).tolist())
         """Over all ranks."""
         self.largest = RankFacts(*by_rank.max(axis=0).tolist())
@@ -97,7 +107,18 @@ class StepSums:
 
     @property
     def loss(self) -> float:
-        """Mean over the labels of the global batch."""
+        """Of the objective: the mean over the labels of the global batch, or over its pairs."""
+        return self.by_pair["loss"] if self._objective_names else self.token_loss
+
+    @property
+    def by_pair(self) -> dict[str, float]:
+        """Means of what the objective sums; empty for one of tokens."""
+        pairs = max(self._of_objective.get("pairs", 0), 1)
+        return {name: value / pairs for name, value in self._of_objective.items() if name != "pairs"}
+
+    @property
+    def token_loss(self) -> float:
+        """Cross entropy, the mean over the labels of the global batch."""
         return float(self._by_source["loss"].sum() / max(self._by_source["labels"].sum(), 1))
 
     @property

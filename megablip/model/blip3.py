@@ -124,7 +124,7 @@ class PackedLoss(ModelOutput):
 
     Attributes:
         loss: the summed loss over the micro-batch's labels; carries the gradient.
-        document_loss: [D] sums, detached.
+        document_loss: [D] sums; detached, unless the forward was called with `by_document`.
         document_labels: [D] how many labels each sum is over.
     """
 
@@ -224,6 +224,7 @@ class Blip3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         grids: Tensor | None = None,
         vision_features: Tensor | None = None,
         packed: MicroBatch | None = None,
+        by_document: bool = False,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
@@ -234,6 +235,7 @@ class Blip3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
             packed: documents laid end to end; needs nothing else but `vision_features`.
             vision_features: [N, P, C], the tower's output for `packed.tiles` or for `tiles`;
                 None calls the tower inside, in training with its gradient.
+            by_document: let each document's loss carry its gradient, for losses that weigh documents.
             input_ids: int64[B, L], with one `<image>` id for each visual token.
             labels: int64[B, L], aligned with input_ids; gives the mean loss.
             tiles: uint8[N, 3, S, S], those of all rows' images in order.
@@ -244,7 +246,7 @@ class Blip3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
             PackingError: visual features and `<image>` ids differ in number.
         """
         if packed is not None:
-            return self._packed_loss(packed, vision_features)
+            return self._packed_loss(packed, vision_features, by_document)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
             if vision_features is None and tiles is not None and len(tiles):
@@ -302,12 +304,12 @@ class Blip3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
         return outputs.last_hidden_state.squeeze(0), layout
 
-    def _packed_loss(self, packed: MicroBatch, vision_features: Tensor | None) -> PackedLoss:
+    def _packed_loss(self, packed: MicroBatch, vision_features: Tensor | None, by_document: bool) -> PackedLoss:
         hidden, layout = self.packed_hidden_states(packed, vision_features)
-        total, per_row, rows = self.get_output_embeddings()(hidden, packed.labels)
+        total, per_row, rows = self.get_output_embeddings()(hidden, packed.labels, by_row=by_document)
         document = layout.document_index.index_select(0, rows)
         sums = per_row.new_zeros(2, len(packed.doc_lens))
-        sums.index_add_(1, document, torch.stack([per_row, torch.ones_like(per_row)]))
+        sums = sums.index_add(1, document, torch.stack([per_row, torch.ones_like(per_row)]))
         return PackedLoss(loss=total, document_loss=sums[0], document_labels=sums[1])
 
     def _put_images(self, embeds: Tensor, input_ids: Tensor, features, patch_mask, grids) -> Tensor:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megablip.config import parse_config
+from megablip.engine.objective import TokenObjective
 from megablip.engine.progress import Progress
 from megablip.engine.symmetry import StepReport
 from megablip.engine.topology import Topology
@@ -36,7 +37,7 @@ def make_recorder(tmp_path, **log) -> Recorder:
     loader = SimpleNamespace(samples={"a": 50}, quarantine=SimpleNamespace(counts={}))
     return Recorder(
         parse_config(raw, "test"), model.config, Topology(0, 1, 0, torch.device("cpu")), SimpleNamespace(module=model),
-        model.vision_tower, loader, Progress(), StartClock(),
+        model.vision_tower, loader, Progress(), StartClock(), TokenObjective(),
     )  # fmt: skip
 
 
@@ -123,7 +124,7 @@ def test_other_ranks_write_nothing(tmp_path, clock):
     recorder = Recorder(
         parse_config(raw, "test"), model.config, Topology(1, 2, 1, torch.device("cpu")), SimpleNamespace(module=model),
         model.vision_tower, SimpleNamespace(samples={}, quarantine=SimpleNamespace(counts={})), Progress(),
-        StartClock(),
+        StartClock(), TokenObjective(),
     )  # fmt: skip
     run_step(recorder, clock)
     recorder.close()

@@ -28,7 +28,7 @@ def two_ranks(monkeypatch):
 
 def summed(micro_batches, losses=()):
     sums = StepSums(
-        ["a", "b"], np.array([3, 4]), {"b": 1}, micro_batches, RankFacts(host_bytes=50), None, 0, 2,
+        ["a", "b"], np.array([3, 4]), {"b": 1}, micro_batches, RankFacts(host_bytes=50), None, (), 0, 2,
         torch.device("cpu"),
     )  # fmt: skip
     for micro_batch, loss in zip(micro_batches, losses, strict=False):

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megablip.model.loss import LossHead, linear_cross_entropy, next_token_loss
+from megablip.model.loss import LossHead, linear_cross_entropy, next_token_loss, row_cross_entropy
 from megablip.records import IGNORE_LABEL
 
 
@@ -28,6 +28,20 @@ def test_values_and_gradients_equal_torch(chunk_rows, with_bias):
         torch.autograd.grad(total * scale, leaves), torch.autograd.grad(wanted.sum() * scale, leaves), strict=True
     ):
         torch.testing.assert_close(got, grad, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 7, 100])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_rows_carry_their_own_gradients(chunk_rows, frozen):
+    hidden, weight, bias, targets = tensors(23)
+    weight.requires_grad_(not frozen)
+    wanted = F.cross_entropy(F.linear(hidden, weight, bias), targets, reduction="none")
+    per_row = row_cross_entropy(hidden, weight, targets, bias, chunk_rows)
+    torch.testing.assert_close(per_row, wanted)
+    leaves = [x for x in (hidden, weight, bias) if x.requires_grad]
+    gradients = (torch.autograd.grad(rows.square().sum(), leaves) for rows in (per_row, wanted))
+    for got, grad in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, grad, atol=1e-4, rtol=1e-5)
 
 
 def test_bf16_keeps_the_softmax_and_the_sum_in_float32():

@@ -1,0 +1,37 @@
+"""DPO with adapters under ZeRO, against autograd on one process with a second model as the reference."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.distributed import preference
+from tests.distributed.ranks import run_ranks
+
+
+def check(world: int, strategy: str, checkpointing: bool) -> None:
+    expected = preference.reference()
+    whole: dict[str, list[tuple[int, list[float]]]] = {}
+    for rank in run_ranks(world, "tests.distributed.preference:run", strategy, checkpointing):
+        assert rank["frozen"], "the base moved"
+        assert rank["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+        for key, values in rank["slices"].items():
+            name, _, start = key.rpartition("|")
+            whole.setdefault(name, []).append((int(start), values))
+    assert set(whole) == set(expected["weights"])
+    for name, pieces in whole.items():
+        found = [value for _, values in sorted(pieces) for value in values]
+        assert found == pytest.approx(expected["weights"][name], rel=1e-4, abs=1e-5), name
+
+
+def test_two_ranks_of_zero3_equal_autograd():
+    check(2, "zero3", checkpointing=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("strategy", ["zero0", "zero1", "zero2", "zero3", "zero3_offload", "zero3_hpz"])
+def test_every_strategy_equals_autograd(world, strategy):
+    """About four minutes."""
+    if strategy == "zero3_hpz" and world == 1:
+        pytest.skip("hpZ shards within a node and needs several ranks")
+    check(world, strategy, checkpointing=False)
