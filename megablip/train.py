@@ -88,7 +88,7 @@ def run(config: Config, topology: Topology, guard: Guard, stop: StopSignal, cloc
         micro_batches = micro_batches_per_step(config, topology.world)
         ds_config = complete_ds_config(config.engine, config.optimizer.clip_norm, micro_batches, topology)
         say(f"DeepSpeed: {ds_config}")
-        engine = ZeroEngine(partial(_build, model_config, config), ds_config, config.optimizer, topology)
+        engine = ZeroEngine(partial(build_trained, model_config, config), ds_config, config.optimizer, topology)
         begin = first_weights(export, config.seed)
         if checkpoint:
             reader = SliceReader(checkpoint.folder)
@@ -122,7 +122,7 @@ def run(config: Config, topology: Topology, guard: Guard, stop: StopSignal, cloc
     topology.leave()
 
 
-def _build(model_config: Blip3Config, config: Config) -> Blip3ForConditionalGeneration:
+def build_trained(model_config: Blip3Config, config: Config) -> Blip3ForConditionalGeneration:
     """The part of the model that is trained; a frozen tower stays outside the engine."""
     trained = config.model.train_tower
     model = Blip3ForConditionalGeneration(model_config, with_vision_tower=trained, train_tower=trained)
