@@ -209,6 +209,9 @@ class LoraConfig(Section):
 class ModelConfig(Section):
     path: str
     """Folder of the Hugging Face export that the stage starts from."""
+    grids: list[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]] | None = None
+    """(columns, rows) templates of an image's tiles in this stage; `[]` gives the base tile alone, None those of the
+    folder."""
     train_tower: bool = False
     """Train the vision tower too, on all tiles of a micro-batch at once; else it is frozen, whole on every rank."""
     activation_checkpointing: bool = operational(False)

@@ -66,7 +66,7 @@ def run(config: Config, topology: Topology, guard: Guard, stop: StopSignal, cloc
     """Build the parts, begin or resume, train, save."""
     run_dir, say = Path(config.run_dir), topology.say
     torch.manual_seed(config.seed + topology.rank)
-    model_config = Blip3Config.from_pretrained(config.model.path)
+    model_config = Blip3Config.of_run(config.model)
     export = ExportReader(config.model.path)
     base = export.hashes(topology)
     store = CheckpointStore(run_dir / "checkpoints", config.checkpoint.keep, topology)

@@ -313,6 +313,7 @@ IDENTITY = {
     "duration": "200 steps",
     "model__path": "other",
     "model__train_tower": True,
+    "model__grids": [[2, 1]],
     "data__sequence_length": 64,
     "data__max_tiles": 4,
     "data__packing_buffer": 3,

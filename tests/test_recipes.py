@@ -43,6 +43,21 @@ def test_a_recipe_loads(path):
     complete_ds_config(config.engine, config.optimizer.clip_norm, 1, ALONE)
 
 
+def test_the_mixtures_are_the_published_ones():
+    weights = {
+        name: {
+            source.name: source.weight for source in load_config(REPOSITORY / "megablip/recipes" / name).data.sources
+        }
+        for name in ("pretrain.yaml", "pretrain_highres.yaml")
+    }
+    first, second = weights["pretrain.yaml"], weights["pretrain_highres.yaml"]
+    assert sum(first.values()) == 100
+    assert sum(second.values()) == 90  # as published
+    for stage in (first, second):
+        assert stage["mint_html"] + stage["mint_pdf"] + stage["mint_arxiv"] == 32.5
+        assert (stage["mint_html"] / 7, stage["mint_pdf"] / 5) == (2.5, 2.5) == (stage["mint_arxiv"],) * 2
+
+
 @pytest.mark.parametrize("path", MODELS, ids=ids)
 def test_a_model_is_built(path):
     settings = _read_settings(path)

@@ -28,6 +28,7 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
+from megablip.config import ModelConfig
 from megablip.errors import ConfigError, PackingError
 from megablip.model.attention import ATTENTION
 from megablip.model.layout import layout_from_config
@@ -89,6 +90,14 @@ class Blip3Config(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.sampler = _SAMPLER | (self.sampler or {})
         self.grids = [list(grid) for grid in self.grids]
+
+    @classmethod
+    def of_run(cls, model: ModelConfig) -> Blip3Config:
+        """That of the run's model folder, with the run's own grids if it has any."""
+        config = cls.from_pretrained(model.path)
+        if model.grids is not None:
+            config.grids = [list(grid) for grid in model.grids]
+        return config
 
     @property
     def layout(self) -> VisualLayout:

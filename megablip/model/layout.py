@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from megablip.config import ModelConfig
 from megablip.errors import ConfigError
 from megablip.records import VisualLayout
 
 
-def read_layout(model_path: str | Path) -> VisualLayout:
-    """The layout of the model in the folder `model_path`.
+def read_layout(model: ModelConfig) -> VisualLayout:
+    """The layout of a run's model: that of its folder, with the run's own grids if it has any.
 
     Raises:
         ConfigError: no readable config.json, or not the one of a megablip model.
     """
-    path = Path(model_path) / "config.json"
+    path = Path(model.path) / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -30,13 +32,14 @@ def read_layout(model_path: str | Path) -> VisualLayout:
             remedy="name a folder written by save_pretrained or `megablip convert`",
         ) from None
     try:
-        return layout_from_config(config)
+        layout = layout_from_config(config)
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"this is no config of a megablip model: {type(error).__name__} {error}",
             where=str(path),
             remedy="convert the model first with `megablip convert`",
         ) from None
+    return layout if model.grids is None else replace(layout, grids=tuple(model.grids))
 
 
 def layout_from_config(config: Mapping[str, Any]) -> VisualLayout:

@@ -78,7 +78,7 @@ def rebuild(run_dir: Path, step: int, say: Callable[[str], None]) -> ReplayedSte
         raise ConfigError("steps are counted from 1", where=f"--step {step}", remedy="as metrics.jsonl does")
     checkpoint, config = _checkpoint_before(run_dir, step, say), _config_of(run_dir, step)
     begin = checkpoint.step if checkpoint else 0
-    layout = read_layout(config.model.path)
+    layout = read_layout(config.model)
     setup = setup_of(
         config,
         config.model.path,

@@ -40,7 +40,7 @@ def document_losses(step: ReplayedStep, weights: Path | None) -> list[torch.Tens
     Raises:
         CheckpointError: the model or tokenizer is not the one that the run began with, or lacks a weight.
     """
-    config, model_config = step.config, Blip3Config.from_pretrained(step.config.model.path)
+    config, model_config = step.config, Blip3Config.of_run(step.config.model)
     export = ExportReader(config.model.path)
     if step.checkpoint:
         tokenizer = file_hash(Path(config.model.path) / "tokenizer.json")

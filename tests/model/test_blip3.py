@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
+from megablip.config import ModelConfig
 from megablip.errors import ConfigError, PackingError
 from megablip.model.attention import ATTENTION
 from megablip.model.blip3 import Blip3Config, Blip3ForConditionalGeneration
@@ -261,7 +262,11 @@ def test_save_and_load_through_auto_classes(tmp_path):
     assert prefixes == {"vision_tower", "sampler", "decoder"}
     config = AutoConfig.from_pretrained(tmp_path)
     assert isinstance(config, Blip3Config)
-    assert config.layout == read_layout(tmp_path) == VisualLayout(16, 4, 3, ((1, 2), (2, 1), (2, 2)))
+    assert (
+        config.layout
+        == read_layout(ModelConfig(path=str(tmp_path)))
+        == VisualLayout(16, 4, 3, ((1, 2), (2, 1), (2, 2)))
+    )
     without = Blip3ForConditionalGeneration(config, with_vision_tower=False)
     assert without.vision_tower is None
     assert not any(name.startswith("vision_tower") for name in without.state_dict())
@@ -301,13 +306,13 @@ def test_unbuildable_configs_are_refused():
 
 def test_broken_model_folders_are_config_errors(tmp_path):
     with pytest.raises(ConfigError, match="can't be read"):
-        read_layout(tmp_path)
+        read_layout(ModelConfig(path=str(tmp_path)))
     (tmp_path / "config.json").write_text('{"model_type": "phi3"}')
     with pytest.raises(ConfigError, match="no config of a megablip model"):
-        read_layout(tmp_path)
+        read_layout(ModelConfig(path=str(tmp_path)))
     (tmp_path / "config.json").write_text("[")
     with pytest.raises(ConfigError, match="can't be read"):
-        read_layout(tmp_path)
+        read_layout(ModelConfig(path=str(tmp_path)))
 
 
 def test_layout_needs_neither_torch_nor_transformers():

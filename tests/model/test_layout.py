@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from megablip.config import ModelConfig
 from megablip.errors import ConfigError
 from megablip.model.blip3 import Blip3Config
 from megablip.model.layout import layout_from_config, read_layout
@@ -32,14 +33,19 @@ def test_the_rule_is_the_released_one_unless_the_config_says_otherwise():
 def test_layouts_that_are_none(tmp_path, change, message):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | change))
     with pytest.raises(ConfigError, match=message):
-        read_layout(tmp_path)
+        read_layout(ModelConfig(path=str(tmp_path)))
 
 
 def test_model_and_processor_keep_the_rule(tmp_path):
     config = tiny_config(grid_rule="paper", grids=())
     config.save_pretrained(tmp_path)
     expected = VisualLayout(16, 4, 3, (), "paper")
-    assert config.layout == Blip3Config.from_pretrained(tmp_path).layout == read_layout(tmp_path) == expected
+    assert (
+        config.layout
+        == Blip3Config.from_pretrained(tmp_path).layout
+        == read_layout(ModelConfig(path=str(tmp_path)))
+        == expected
+    )
     tokenizer = AutoTokenizer.from_pretrained(write_tokenizer(tmp_path))
     processor = Blip3Processor(tokenizer, tile_size=16, patch_size=4, tokens_per_tile=3, grids=(), grid_rule="paper")
     processor.save_pretrained(tmp_path / "saved")
@@ -52,3 +58,11 @@ def test_a_base_tile_alone_trains(tile_layout):
     packed = pack([make_doc(9, [(0, 0)], seed=3)])
     assert len(packed.tiles) == 1
     assert torch.isfinite(model(packed=packed, vision_features=features_of(model, packed)).loss)
+
+
+def test_a_run_may_have_its_own_grids(tmp_path):
+    tiny_config(grids=((1, 2),)).save_pretrained(tmp_path)
+    for grids in (None, [(3, 1), (2, 2)], []):
+        model = ModelConfig(path=str(tmp_path), grids=grids)
+        expected = ((1, 2),) if grids is None else tuple(grids)
+        assert read_layout(model).grids == Blip3Config.of_run(model).layout.grids == expected
