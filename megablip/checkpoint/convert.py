@@ -80,11 +80,16 @@ def zero_to_hf(source: Path, output: Path, dtype: str = "fp32") -> None:
         for path in start.iterdir():
             if path.suffix in (".json", ".model", ".jinja") and not path.name.startswith("model."):
                 shutil.copy(path, staging)
-        config = json.loads((staging / "config.json").read_text())
-        config["dtype"] = str(DTYPES[dtype]).removeprefix("torch.")
-        (staging / "config.json").write_text(json.dumps(config, indent=2))
+        grids = {} if model.grids is None else {"grids": model.grids}
+        _update_json(staging / "config.json", {"dtype": str(DTYPES[dtype]).removeprefix("torch."), **grids})
+        if (staging / "processor_config.json").exists():
+            _update_json(staging / "processor_config.json", grids)
         _write_weights(staging, shapes, weight, DTYPES[dtype])
     print(f"wrote {output} from {folder.name}")
+
+
+def _update_json(path: Path, changes: dict[str, Any]) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes, indent=2))
 
 
 def init_model(output: Path, *, tower: Path, tokenizer: Path, model: Path, seed: int) -> None:

@@ -11,7 +11,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from megablip.checkpoint import convert
 from megablip.checkpoint.commit import CheckpointStore
@@ -55,11 +55,10 @@ def run_dir(tmp_path, start, trained):
     return make_run(tmp_path / "run", start, trained)
 
 
-def make_run(folder, start, weights, train_tower=False):
+def make_run(folder, start, weights, **model):
     """A run directory with one committed checkpoint of `weights`."""
     folder.mkdir()
-    model = {"path": str(start), "train_tower": train_tower}
-    config = parse_config(RECIPE | {"run_dir": str(folder), "model": model}, "test")
+    config = parse_config(RECIPE | {"run_dir": str(folder), "model": {"path": str(start)} | model}, "test")
     (folder / "config.yaml").write_text(dump_config(config))
     slices = [
         LocalSlice(name, tuple(value.shape), 0, value.numel(), {MASTER: value.flatten().clone()})
@@ -112,6 +111,11 @@ def test_a_trained_tower_comes_from_the_checkpoint_and_its_pooling_head_from_the
     frozen = {name: value for name, value in trained.items() if not name.startswith("vision_tower.")}
     with pytest.raises(CheckpointError, match=r"for example vision_tower\."):
         zero_to_hf(make_run(tmp_path / "half", start, frozen, train_tower=True), tmp_path / "other")
+
+
+def test_the_grids_of_the_stage_are_those_of_the_export(tmp_path, start, trained):
+    zero_to_hf(make_run(tmp_path / "run", start, trained, grids=[[3, 1]]), tmp_path / "export")
+    assert AutoConfig.from_pretrained(tmp_path / "export").grids == [[3, 1]]
 
 
 def test_one_checkpoint_can_be_named_by_a_relative_path(tmp_path, run_dir, monkeypatch):
