@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from megablip.checkpoint.tensors import TensorFile
 from megablip.engine.build import build_unfilled
 from megablip.engine.topology import Topology
 from megablip.errors import CheckpointError
@@ -35,14 +33,14 @@ class ExportReader:
     """
 
     def __init__(self, folder: Path | str):
-        self.folder = Path(folder)
-        self._open: dict[str, safe_open] = {}
+        self.folder = self.where = Path(folder)
+        self._open: dict[str, TensorFile] = {}
         self._file_of: dict[str, str]
         index = self.folder / _INDEX
         if index.exists():
             self._file_of = _read_index(index)
         elif (self.folder / _SINGLE).exists():
-            self._file_of = dict.fromkeys(self._file(_SINGLE).keys(), _SINGLE)
+            self._file_of = dict.fromkeys(self._file(_SINGLE).shapes, _SINGLE)
         else:
             raise CheckpointError(
                 "the folder holds no model weights",
@@ -54,25 +52,33 @@ class ExportReader:
     def names(self) -> list[str]:
         return sorted(self._file_of)
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: self.shape(name) for name in self.names}
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        return {name: self._file_with(name).dtypes[name] for name in self.names}
+
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._stored(name).get_shape())
+        return self._file_with(name).shapes[name]
+
+    def elements(self, name: str, start: int, end: int) -> torch.Tensor:
+        """The elements [start, end) of a weight, flattened, in its own dtype; not to be written to."""
+        return self._file_with(name).elements(name, start, end)
 
     def read(self, name: str, kind: str, shape: tuple[int, ...], start: int, end: int) -> torch.Tensor:
-        """fp32 vector of the elements [start, end) of a weight, flattened.
+        """fp32 vector of the elements [start, end) of a weight, flattened; not to be written to.
 
         `kind` is there to fit the engine's reader; an export has weights only.
         """
-        stored = self._stored(name)
-        if tuple(stored.get_shape()) != tuple(shape):
+        if self.shape(name) != tuple(shape):
             raise CheckpointError(
-                f"{name} is {tuple(stored.get_shape())} in the export and {tuple(shape)} in the model",
+                f"{name} is {self.shape(name)} in the export and {tuple(shape)} in the model",
                 where=str(self.folder),
                 remedy="config.json and the weights must belong together",
             )
-        # Only the rows that the slice touches are read.
-        row = math.prod(shape[1:])
-        first, last = start // row, -(-end // row)
-        return stored[first:last].reshape(-1)[start - first * row : end - first * row].float()
+        return self.elements(name, start, end).float()
 
     def hash(self) -> str:
         """SHA-256 over names and bytes of the weight files."""
@@ -97,23 +103,17 @@ class ExportReader:
             digest.update(hashes[name].encode())
         return digest.hexdigest()
 
-    def _stored(self, name: str) -> Any:
+    def _file_with(self, name: str) -> TensorFile:
         if name not in self._file_of:
             raise CheckpointError(f"the export has no weight {name}", where=str(self.folder))
         file = self._file(self._file_of[name])
-        try:
-            return file.get_slice(name)
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"{name} can't be read: {error}", where=str(self.folder / self._file_of[name])
-            ) from None
+        if name not in file.shapes:
+            raise CheckpointError(f"the file has no weight {name}, which the index promises", where=str(file.where))
+        return file
 
-    def _file(self, name: str) -> safe_open:
+    def _file(self, name: str) -> TensorFile:
         if name not in self._open:
-            try:
-                self._open[name] = safe_open(self.folder / name, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"the file can't be read: {error}", where=str(self.folder / name)) from None
+            self._open[name] = TensorFile(self.folder / name)
         return self._open[name]
 
 
@@ -131,8 +131,11 @@ def first_weights(export: ExportReader, seed: int) -> Callable[[str, str, tuple[
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        file_of = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
+        if any(Path(file).name != file for file in file_of.values()):
+            raise ValueError("a weight is said to lie outside the folder")
+        return file_of
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"the index can't be read: {type(error).__name__}: {error}",
             where=str(path),

@@ -13,12 +13,12 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from megablip.checkpoint.tensors import TensorFile
 from megablip.errors import CheckpointError
 from megablip.records import MASTER, LocalSlice
 
@@ -59,8 +59,8 @@ class SliceReader:
     """
 
     def __init__(self, folder: Path):
-        self._folder = folder
-        self._open: dict[Path, safe_open] = {}
+        self.where = folder
+        self._open: dict[Path, TensorFile] = {}
         self.parameters: dict[str, _Parameter] = {}
         for path in sorted(folder.glob("rank_*.safetensors")):
             for name, (shape, start, end) in self._header(path).items():
@@ -74,30 +74,43 @@ class SliceReader:
         for parameter in self.parameters.values():
             parameter.pieces.sort()
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: parameter.shape for name, parameter in self.parameters.items()}
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        return dict.fromkeys(self.parameters, torch.float32)
+
+    def elements(self, name: str, start: int, end: int) -> torch.Tensor:
+        """`read` of the master; not to be written to."""
+        return self.read(name, MASTER, self.parameters[name].shape, start, end)
+
     def read(self, name: str, kind: str, shape: tuple[int, ...], start: int, end: int) -> torch.Tensor:
-        """fp32 vector of the elements [start, end) of `NAME|KIND`, flattened."""
+        """fp32 vector of the elements [start, end) of `NAME|KIND`, flattened; not to be written to."""
         parameter = self.parameters.get(name)
         if parameter is None or parameter.shape != tuple(shape):
             found = "is not in the checkpoint" if parameter is None else f"has shape {parameter.shape} there"
             raise CheckpointError(
                 f"the model's {name} {tuple(shape)} {found}",
-                where=str(self._folder),
+                where=str(self.where),
                 remedy="the checkpoint belongs to another model",
             )
-        values, filled = torch.empty(end - start), start
+        found, filled = [], start
         for piece_start, piece_end, path in parameter.pieces:
             low, high = max(filled, piece_start), min(end, piece_end)
             if low == filled and low < high:
-                stored = self._stored(path, f"{name}|{kind}")
-                values[low - start : high - start] = stored[low - piece_start : high - piece_start]
+                found.append(self._file(path).elements(f"{name}|{kind}", low - piece_start, high - piece_start))
                 filled = high
         if filled != end:
             raise CheckpointError(
                 f"elements {filled} to {end} of {name} are in no file",
-                where=str(self._folder),
+                where=str(self.where),
                 remedy="a rank's file is missing",
             )
-        return values
+        if len(found) == 1:
+            return found[0]  # as it lies in the file
+        return torch.cat(found) if found else torch.empty(0)
 
     def whole(self, name: str, kind: str = MASTER) -> torch.Tensor:
         """The whole tensor, fp32, in its shape."""
@@ -106,19 +119,17 @@ class SliceReader:
 
     def rng_states(self, rank: int) -> dict[str, torch.Tensor]:
         """Random states that this rank saved, by device type; empty if there was no such rank."""
-        path = self._folder / rank_file(rank)
+        path = self.where / rank_file(rank)
         if not path.exists():
             return {}
         file = self._file(path)
         return {
-            name.partition("|")[2]: file.get_tensor(name)
-            for name in file.keys()  # noqa: SIM118 (it is no dict)
-            if name.startswith(f"{_RNG}|")
+            name.partition("|")[2]: file.tensor(name).clone() for name in file.shapes if name.startswith(f"{_RNG}|")
         }
 
     def _header(self, path: Path) -> dict[str, tuple[tuple[int, ...], int, int]]:
         """Shape, start and end of each parameter's slice in one file."""
-        text = (self._file(path).metadata() or {}).get(_HEADER_KEY, "null")
+        text = self._file(path).metadata.get(_HEADER_KEY, "null")
         try:
             return {
                 name: (tuple(extent["shape"]), extent["start"], extent["end"])
@@ -129,18 +140,9 @@ class SliceReader:
                 "the file has no table of slices", where=str(path), remedy="it is not a rank's file"
             ) from None
 
-    def _stored(self, path: Path, key: str) -> Any:
-        try:
-            return self._file(path).get_slice(key)
-        except SafetensorError as error:
-            raise CheckpointError(f"{key} can't be read: {error}", where=str(path)) from None
-
-    def _file(self, path: Path) -> safe_open:
+    def _file(self, path: Path) -> TensorFile:
         if path not in self._open:
-            try:
-                self._open[path] = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"the file can't be read: {error}", where=str(path)) from None
+            self._open[path] = TensorFile(path)
         return self._open[path]
 
 

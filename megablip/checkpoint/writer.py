@@ -29,26 +29,14 @@ import numpy as np
 import torch
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from megablip.checkpoint.tensors import DTYPES
 from megablip.errors import CheckpointError, ConfigError
 
 SHARD_BYTES = 5 * 10**9  # what transformers writes by default
 CHUNK = 1 << 20  # elements that are cast at once; bounds the memory
 
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-"""As safetensors spells them."""
-
 _SYNC_BYTES = 256 * 2**20
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass
@@ -200,7 +188,7 @@ class ShardWriter:
             for name in names:
                 ends = [offset, offset := offset + sizes[name]]
                 header[name] = {
-                    "dtype": DTYPE_NAMES[dtypes[name]],
+                    "dtype": _DTYPE_NAMES[dtypes[name]],
                     "shape": list(shapes[name]),
                     "data_offsets": ends,
                 }
