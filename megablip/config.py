@@ -216,6 +216,8 @@ class ModelConfig(Section):
     """Train the vision tower too, on all tiles of a micro-batch at once; else it is frozen, whole on every rank."""
     activation_checkpointing: bool = operational(False)
     """Compute the activations of decoder and trained tower again in the backward, instead of keeping them."""
+    attention: Literal["auto", "flash_attn", "torch_varlen", "per_document", "dense"] = operational("auto")
+    """Backend of decoder and sampler; auto: the fastest that can run here. dense is the slow reference."""
     lora: LoraConfig | None = None
     """Train adapters instead of the model's own weights."""
 

@@ -40,7 +40,7 @@ from megablip.engine.zero import ZeroEngine
 from megablip.errors import MegablipError
 from megablip.metrics.recorder import Recorder
 from megablip.metrics.startup import StartClock
-from megablip.model.attention import select_backend
+from megablip.model.attention import head_sizes, select_backend, use_backend
 from megablip.model.blip3 import Blip3Config, Blip3ForConditionalGeneration
 from megablip.model.lora import add_lora
 from megablip.model.vision import encode_tiles
@@ -83,8 +83,10 @@ def run(config: Config, topology: Topology, guard: Guard, stop: StopSignal, cloc
     ) as loader:  # fmt: skip
         clock.lap("checkpoint and loader")
         dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
-        backend = select_backend(topology.device.type, dtype)
-        say(f"attention: {backend.name} ({backend.reason})")
+        heads = head_sizes(model_config.text_config, model_config.sampler)
+        attention = select_backend(topology.device.type, dtype, heads, config.model.attention)
+        use_backend(attention.name)
+        say(f"attention: {attention}")
         micro_batches = micro_batches_per_step(config, topology.world)
         ds_config = complete_ds_config(config.engine, config.optimizer.clip_norm, micro_batches, topology)
         say(f"DeepSpeed: {ds_config}")

@@ -279,6 +279,7 @@ OPERATIONAL = {
     "resume": "never",
     "stop_after_steps": 3,
     "model__activation_checkpointing": True,
+    "model__attention": "dense",
     "data__decode_workers": 3,
     "data__prefetch_bytes": 4,
     "data__cache_dir": "elsewhere",

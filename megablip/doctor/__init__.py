@@ -63,8 +63,8 @@ def _device() -> list[Finding]:
     else:
         found = f"no GPU; {os.cpu_count()} cores ({torch.backends.cpu.get_cpu_capability()}), gloo"
         device = "cpu"
-    backend = select_backend(device, torch.bfloat16)
-    return [Finding("device", found, True), Finding("attention", f"{backend.name}: {backend.reason}", True)]
+    attention = select_backend(device, torch.bfloat16)
+    return [Finding("device", found, True), Finding("attention", str(attention), True)]
 
 
 def _stale_builds() -> list[Finding]:

@@ -40,6 +40,11 @@ class PackedLayout:
         return max(self.doc_lens)
 
     @cached_property
+    def is_even(self) -> bool:
+        """Whether all documents have one length."""
+        return len(set(self.doc_lens)) == 1
+
+    @cached_property
     def document_index(self) -> Tensor:
         """int64[T]: the number of each token's document."""
         device = self.cu_seqlens.device
