@@ -47,11 +47,24 @@ def train(
 
 @convert_app.command("zero-to-hf")
 def zero_to_hf(
-    source: Annotated[Path, typer.Argument(help="run directory, or one of its checkpoints")],
+    source: Annotated[Path, typer.Argument(help="run directory, one of its checkpoints, or one that DeepSpeed saved")],
     output: Annotated[Path, typer.Argument(help="folder to write")],
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "fp32",
+    like: Annotated[
+        Path | None, typer.Option(help="for DeepSpeed's files: folder of the model with config and frozen weights")
+    ] = None,
+    strip_prefix: Annotated[str, typer.Option(help="for DeepSpeed's files: what their names begin with")] = "",
 ) -> None:
-    """Turn a committed checkpoint into Hugging Face weights, config and tokenizer."""
+    """Turn a checkpoint into Hugging Face weights, config and tokenizer."""
+    from megablip.checkpoint.deepspeed_files import is_deepspeed
+
+    if is_deepspeed(source):
+        from megablip.checkpoint.deepspeed_weights import zero_files_to_hf
+
+        zero_files_to_hf(source, output, dtype, like=like, strip_prefix=strip_prefix)
+        return
+    if like or strip_prefix:
+        raise typer.BadParameter("--like and --strip-prefix are for checkpoints that DeepSpeed saved")
     from megablip.checkpoint.convert import zero_to_hf
 
     zero_to_hf(source, output, dtype)
