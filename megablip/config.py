@@ -274,7 +274,8 @@ class LogConfig(Section):
     every_steps: int = operational(1, gt=0)
     """Steps between two points in TensorBoard and metrics.jsonl."""
     picture_every_steps: int = operational(500, ge=0)
-    """Steps between two pictures of a packed example in TensorBoard, from the first step on; 0: none."""
+    """Steps between two pictures of a packed example in TensorBoard, from the first step on; at the start one is
+    printed too. 0: none."""
     profile_steps: list[int] = operational([])
     """Steps, counted from 1, whose torch.profiler trace of the first rank goes to RUN/profile."""
 

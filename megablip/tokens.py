@@ -42,7 +42,7 @@ class Tokenizer:
     Attributes:
         pad_id, eos_id, image_id, end_of_chunk_id: ids of special tokens.
         bos_id: id of the token that opens a document, None if there is none.
-        chat_ids: ids of CHAT_TOKENS under the same keys, empty if one of them is missing.
+        control_ids: ids of all tokens that text can't become.
         vocab_size: number of ids, added tokens included.
 
     Raises:
@@ -69,17 +69,33 @@ class Tokenizer:
         self.pad_id = self._id(PAD_TOKEN)
         self.image_id = self._id(IMAGE_TOKEN)
         self.end_of_chunk_id = self._id(END_OF_CHUNK_TOKEN)
-        chat_ids = {role: self._id(token, required=False) for role, token in CHAT_TOKENS.items()}
-        self.chat_ids = {} if None in chat_ids.values() else chat_ids
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.control_ids = frozenset(number for number, token in added.items() if token.special)
         self.vocab_size = self._tokenizer.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without bos or eos; never a control token's id."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
+    def encode_template(self, text: str) -> list[int]:
+        """Ids of text that is not a document's: here the names of control tokens are control tokens."""
+        self._tokenizer.encode_special_tokens = False
+        try:
+            return self.encode(text)
+        finally:
+            self._tokenizer.encode_special_tokens = True
+
+    def has(self, token: str) -> bool:
+        """Whether `token` is a control token."""
+        return self._tokenizer.token_to_id(token) in self.control_ids
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; control tokens vanish, markup tags stay."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def spell(self, ids: Iterable[int]) -> str:
+        """The same with control tokens by their names, for people to look at."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
     def __reduce__(self):
         # Pickled as its path: tokenizers' own pickling forgets encode_special_tokens,

@@ -18,7 +18,7 @@ PACKAGE = REPOSITORY / "megablip"
 ORDER = [
     {"records", "errors", "config"},
     {"pages"},
-    {"tokens"},
+    {"tokens", "chat"},
     {"data"},
     {"model"},
     {"engine"},

@@ -57,15 +57,17 @@ def test_no_text_becomes_a_control_token(tokenizer, text):
     assert tokenizer.decode(ids) == text
 
 
-def test_chat_ids_are_all_or_none(tokenizer, tmp_path):
-    assert tokenizer.chat_ids == {}  # it has <|user|> alone
-    chat = Tokenizer(write_tokenizer(tmp_path, control=CONTROL + CHAT))
-    assert list(chat.chat_ids) == ["system", "user", "assistant", "end"]
-    assert len(set(chat.chat_ids.values())) == 4
-    assert not set(chat.chat_ids.values()) & set(chat.encode("".join(CHAT_TOKENS.values())))
+def test_templates_may_name_control_tokens_and_texts_may_not(tokenizer):
+    user = tokenizer.encode_template("<|user|>")
+    assert len(user) == 1
+    assert set(user) <= tokenizer.control_ids
+    assert not tokenizer.control_ids & set(tokenizer.encode("<|user|>"))
+    assert tokenizer.has("<|user|>")
+    assert not tokenizer.has("a")
+    assert not tokenizer.has("<|end|>")
 
 
-@pytest.mark.parametrize("forged", ["<image>", "<|end|>"])
+@pytest.mark.parametrize("forged", ["<image>", "<pad>"])
 def test_a_control_token_that_text_can_spell_is_refused(tmp_path, forged):
     path = write_tokenizer(tmp_path, control=CONTROL + CHAT) / "tokenizer.json"
     content = json.loads(path.read_text())

@@ -7,7 +7,8 @@ explicit.  A chunk is an image (or several in a row) and the text that follows;
 `<|endofchunk|>` ends it, as in OpenFlamingo, and a model that writes captions
 learns there to stop.
 
-A document whose texts have roles is a conversation, in Phi-3's format:
+A document whose texts have roles is a conversation, in the tokenizer's chat
+format; Phi-3's is
 
     bos  <|user|> \\n  <image> * n  question  <|end|> \\n  <|assistant|> \\n  answer  <|end|> \\n
 
@@ -20,9 +21,11 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
+from megablip.chat import ChatFormat, chat_format
 from megablip.data.images import choose_grid, empty_tiles, image_size, make_tiles
 from megablip.errors import ConfigError, PackingError, SampleError
 from megablip.records import (
@@ -51,16 +54,18 @@ class Encoder:
         self.tokenizer = Tokenizer(tokenizer_path)
         self.layout = layout
         self._dct_scaling = dct_scaling
-        self._newline = self.tokenizer.encode("\n")
+        self._chat = chat_format(self.tokenizer, Path(tokenizer_path))
 
-    def require_chat(self) -> None:
-        """Raises ConfigError unless the tokenizer has the tokens of conversations."""
-        if not self.tokenizer.chat_ids:
+    def require_chat(self) -> ChatFormat:
+        """Raises ConfigError unless the tokenizer has a chat format."""
+        if self._chat is None:
             raise ConfigError(
-                "the tokenizer lacks tokens of the chat format, which a source needs",
+                "the tokenizer has no chat format, which a source needs",
                 where="data.sources",
-                remedy=f"add {', '.join(CHAT_TOKENS.values())} as special tokens, or leave out the conversations",
+                remedy=f"give it a chat template, or add {', '.join(CHAT_TOKENS.values())} as special tokens, or leave "
+                "out the conversations",
             )
+        return self._chat
 
     def encode(self, document: Document) -> EncodedDocument:
         """Ids, labels and image positions; of images only the headers are read.
@@ -156,21 +161,27 @@ class Encoder:
         row.suffix([self.tokenizer.eos_id], loss=True)
 
     def _encode_turns(self, document: Document, row: _Row) -> None:
-        self.require_chat()
-        chat_ids = self.tokenizer.chat_ids
+        chat = self.require_chat()
         role, trained = "", False  # of the open turn
 
         def close_turn() -> None:
             if role:
-                row.suffix([chat_ids["end"]], trained)
-                row.suffix(self._newline, loss=False)
+                row.suffix(list(chat.closing[role][: chat.end_of_turn]), trained)
+                row.suffix(list(chat.closing[role][chat.end_of_turn :]), loss=False)
 
         for segment in document.segments:
             if isinstance(segment, Text):
                 if segment.role != role:
                     close_turn()
+                    if segment.role not in chat.opening:
+                        raise SampleError(
+                            f"the chat format has no turn of the {segment.role}",
+                            where=f"source {document.source}, key {document.key}",
+                        )
+                    if not role and segment.role != "system":
+                        row.prefix(list(chat.preamble))
                     role, trained = segment.role, False
-                    row.prefix([chat_ids[role], *self._newline])
+                    row.prefix(list(chat.opening[role]))
                 trained = trained or segment.loss
                 row.segment(self.tokenizer.encode(segment.text), segment.loss)
             else:

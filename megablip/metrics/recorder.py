@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from rich.console import Console
 from torch import nn
 
 from megablip.config import Config, dump_config
@@ -25,6 +26,7 @@ from megablip.engine.symmetry import StepReport
 from megablip.engine.topology import Topology
 from megablip.engine.zero import ZeroEngine
 from megablip.metrics.board import Board, ProgressLine
+from megablip.metrics.example import colour_example
 from megablip.metrics.flops import ModelFlops, peak_flops
 from megablip.metrics.held_out import HeldOut
 from megablip.metrics.picture import draw_example
@@ -93,8 +95,13 @@ class Recorder:
         if self._clock:
             self._clock.lap("first data")
         pictures = self._config.log.picture_every_steps
-        if self._board and pictures and self._progress.step % pictures == 0:
-            self._show_example(batch)
+        if self._board and pictures:
+            self._tokenizer = self._tokenizer or Tokenizer(self._config.model.path)
+            if self._clock:
+                example = colour_example(batch.micro_batches[0], self._names, self._tokenizer)
+                Console(soft_wrap=True).print(example or "")
+            if self._progress.step % pictures == 0:
+                self._show_example(batch)
         device = self._topology.device
         facts = RankFacts(host_bytes=self._process.memory_info().rss)
         if device.type == "cuda":
@@ -151,7 +158,6 @@ class Recorder:
             self._board.close()
 
     def _show_example(self, batch: StepBatch) -> None:
-        self._tokenizer = self._tokenizer or Tokenizer(self._config.model.path)
         title = f"step {self._progress.step + 1}, first micro-batch of the first rank"
         picture = draw_example(batch.micro_batches[0], self._names, self._tokenizer, title)
         self._board.show("packed example", picture, self._progress.step + 1)

@@ -1,0 +1,165 @@
+import json
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from megablip.chat import PHI3_TEMPLATE, chat_format
+from megablip.data.encode import Encoder
+from megablip.errors import ConfigError
+from megablip.records import IGNORE_LABEL, Document, Image, Text
+from megablip.tokens import CHAT_TOKENS, Tokenizer
+from tests.data.small import LAYOUT, image, write_tokenizer
+
+# In transformers' own style, each with the tag that marks what the assistant says.
+CHATML = (
+    "{%- for message in messages %}\n{{- '<|im_start|>' + message.role + '\n' }}\n"
+    "{%- if message.role == 'assistant' %}{% generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}\n"
+    "{%- else %}{{ message.content + '<|im_end|>' }}{% endif %}{{- '\n' }}\n{%- endfor %}\n"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+)
+LLAMA3 = (
+    "{{- bos_token }}\n{%- for message in messages %}\n"
+    "{{- '<|start_header_id|>' + message.role + '<|end_header_id|>\n\n' }}\n"
+    "{%- if message.role == 'assistant' %}{% generation %}"
+    "{{ message.content | trim + '<|eot_id|>' }}{% endgeneration %}\n"
+    "{%- else %}{{ message.content | trim + '<|eot_id|>' }}{% endif %}\n{%- endfor %}\n"
+    "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"
+)
+PHI3 = (
+    "{% for message in messages %}{{ '<|' + message.role + '|>\n' }}"
+    "{% if message.role == 'assistant' %}{% generation %}{{ message.content + '<|end|>' }}{% endgeneration %}"
+    "{% else %}{{ message.content + '<|end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+TOKENS = {
+    "chatml": ["<|im_start|>", "<|im_end|>"],
+    "llama3": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+    "phi3": list(CHAT_TOKENS.values()),
+}
+TEMPLATES = {"chatml": CHATML, "llama3": LLAMA3, "phi3": PHI3}
+
+
+def make(folder, template=None, tokens=()):
+    folder = write_tokenizer(folder, chat=False)
+    path = str(folder / "tokenizer.json")
+    tokenizer = tokenizers.Tokenizer.from_file(path)
+    tokenizer.add_special_tokens(list(tokens))
+    tokenizer.save(path)
+    if template:
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+    return folder
+
+
+@pytest.fixture(scope="module", params=TEMPLATES)
+def folder(request, tmp_path_factory):
+    return make(tmp_path_factory.mktemp(request.param), TEMPLATES[request.param], TOKENS[request.param])
+
+
+@pytest.fixture(scope="module")
+def both(folder):
+    return Encoder(str(folder), LAYOUT), AutoTokenizer.from_pretrained(folder)
+
+
+def turns(*contents):
+    return [Text(text, loss=n % 2 == 1, role=("user", "assistant")[n % 2]) for n, text in enumerate(contents)]
+
+
+def masks(encoder, hugging_face, segments):
+    """Ids and trained places by our encoder, and by transformers from the template's own tag."""
+    encoded = encoder.encode(Document(tuple(segments), "s", "k"))
+    messages = [{"role": segment.role, "content": segment.text} for segment in segments]
+    rendered = hugging_face.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    ours = [int(label != IGNORE_LABEL) for label in encoded.labels]
+    ids, mask = rendered["input_ids"], rendered["assistant_masks"]
+    if ids[:1] != [encoder.tokenizer.bos_id]:  # a template without bos; documents have one
+        ids, mask = [encoder.tokenizer.bos_id, *ids], [0, *mask]
+    return (encoded.input_ids.tolist(), ours), (ids, mask)
+
+
+def test_ids_and_mask_equal_transformers(both):
+    for segments in (
+        turns("a dog", "the cat"),
+        turns("a", "b 3", "the dog 381", "4", "x", "y"),
+        [Text("be good", False, "system"), *turns("a dog", "")],
+    ):
+        ours, theirs = masks(*both, segments)
+        assert ours == theirs
+
+
+# Words that do not run into a template's line ends: there a tokenizer may join what we tokenize apart.
+WORDS = st.text(st.sampled_from("ab 3é<|>"), max_size=12).map(lambda text: "x" + text.strip() + "x")
+
+
+@settings(deadline=None, max_examples=150)
+@given(contents=st.lists(WORDS, min_size=2, max_size=14).filter(lambda words: len(words) % 2 == 0))
+def test_any_chat_equals_transformers(both, contents):
+    ours, theirs = masks(*both, turns(*contents))
+    assert ours == theirs
+
+
+def test_images_in_any_turn_are_never_trained(both):
+    encoder = both[0]
+    picture = image()
+    segments = [
+        *turns("a", "b"),
+        Text("", False, "user"),
+        picture,
+        Text("c", False, "user"),
+        Text("d", True, "assistant"),
+    ]
+    encoded = encoder.encode(Document(tuple(segments), "s", "k"))
+    slots = encoded.input_ids == encoder.tokenizer.image_id
+    assert slots.sum() == encoded.tiles * LAYOUT.tokens_per_tile
+    assert set(encoded.labels[slots].tolist()) == {IGNORE_LABEL}
+    plain = encoder.encode(Document(tuple(s for s in segments if not isinstance(s, Image)), "s", "k"))
+    assert encoded.input_ids[~slots].tolist() == plain.input_ids.tolist()
+    assert encoded.labels[~slots].tolist() == plain.labels.tolist()
+
+
+def test_phi3s_tokens_without_a_template_give_phi3s_format(tmp_path):
+    (tmp_path / "with").mkdir()
+    (tmp_path / "without").mkdir()
+    named = make(tmp_path / "with", PHI3_TEMPLATE, TOKENS["phi3"])
+    bare = make(tmp_path / "without", None, TOKENS["phi3"])
+    found = chat_format(Tokenizer(bare), bare)
+    assert found == chat_format(Tokenizer(named), named)
+    tokenizer = Tokenizer(bare)
+    assert found.opening["user"] == tuple(tokenizer.encode_template("<|user|>\n"))
+    assert found.closing["assistant"][: found.end_of_turn] == tuple(tokenizer.encode_template("<|end|>"))
+
+
+def test_no_template_and_no_tokens_are_no_format(tmp_path):
+    folder = make(tmp_path)
+    assert chat_format(Tokenizer(folder), folder) is None
+
+
+def test_a_template_of_its_own_file_comes_first(tmp_path):
+    folder = make(tmp_path, CHATML, TOKENS["chatml"])
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    with pytest.raises(ConfigError, match="shows 1 of them"):
+        chat_format(Tokenizer(folder), folder)
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{% for", "it is no template"),
+        ("{{ messages[9].content }}", "can't be rendered|shows 0 of them"),
+        ("{{ raise_exception('no') }}", "can't be rendered: no"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "can't be rendered"),
+        ("{% for m in messages %}{{ m.role + ': ' + m.content + '<|im_end|>' }}{% endfor %}", "forge a turn"),
+        (CHATML.replace("{{- '\n' }}", "{{- '\n' if not loop.last }}"), "first user's turn opens in another way"),
+    ],
+)
+def test_templates_that_are_no_format_are_refused(tmp_path, template, words):
+    folder = make(tmp_path, template, TOKENS["chatml"])
+    tokenizer = Tokenizer(folder)
+    with pytest.raises(ConfigError, match=words) as caught:
+        chat_format(tokenizer, folder)
+    assert "chat_template.jinja" in caught.value.remedy
