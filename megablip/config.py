@@ -88,6 +88,8 @@ class SourceConfig(Section):
     """What is shuffled: blocks of samples, which needs an index of each shard, or whole shards."""
     granularity: int = Field(6, ge=1, le=6)
     """Of the six OCR captions, or the three of grounding: from the text alone to exact boxes."""
+    system_prompt: str | None = None
+    """What the system says at the head of the source's conversations that have no such turn of their own."""
 
     @field_validator("weight")
     @classmethod

@@ -323,6 +323,7 @@ IDENTITY = {
     "data__sources__0__split": "text",
     "data__sources__0__order": "shards",
     "data__sources__0__granularity": 2,
+    "data__sources__0__system_prompt": "be brief",
     "data__sources__1__weight": 3,
     "data__sources__1__name": "c",
     "data__sources__0__shards": "c-*.tar",

@@ -125,9 +125,10 @@ def _write(source: Path, images: Path, out: Path, make: Any) -> None:
     try:
         with Progress(transient=True) as progress, complete_folder(out, MARK) as folder:
             rows = progress.track(read_rows(source), description=source.name)
-            with IndexedShardWriter(f"{folder}/{out.name}-%06d.tar", SAMPLES_PER_SHARD) as writer:
-                for sample in make(rows, images, counts):
-                    writer.write(sample)
+            writer = IndexedShardWriter(f"{folder}/{out.name}-%06d.tar", SAMPLES_PER_SHARD)
+            for sample in make(rows, images, counts):
+                writer.write(sample)
+            writer.close()  # after an error the folder is not kept, and needs no index
             (folder / MARK).write_text(json.dumps(counts, indent=1))
     except (KeyError, TypeError, AttributeError) as error:
         typer.echo(f"error: a row of {source} lacks {error}", err=True)

@@ -122,7 +122,7 @@ def conversation(members: Members, source: SourceConfig) -> Segments:
     for number, ((role, _), (following, _)) in enumerate(pairwise(turns)):
         if role == following:
             raise SampleError(f"turns {number} and {number + 1} are both of the {role}")
-    return _chat(turns, _chat_images(members, content))
+    return _chat(turns, _chat_images(members, content), source)
 
 
 def preference(members: Members, source: SourceConfig) -> tuple[Segments, Segments]:
@@ -132,7 +132,7 @@ def preference(members: Members, source: SourceConfig) -> tuple[Segments, Segmen
     if chosen == rejected:
         raise SampleError('"chosen" and "rejected" are the same')
     images = _chat_images(members, content)
-    return tuple(_chat([("user", prompt), ("assistant", answer)], images) for answer in (chosen, rejected))
+    return tuple(_chat([("user", prompt), ("assistant", answer)], images, source) for answer in (chosen, rejected))
 
 
 def safety(members: Members, source: SourceConfig) -> Segments:
@@ -152,7 +152,7 @@ def safety(members: Members, source: SourceConfig) -> Segments:
             raise SampleError(f"an entry of instr-resp has {len(asked)} instructions")
         turns.append(("user", filled(asked[0], "an instruction")))
         turns.append(("assistant", filled(entry.get("response"), "a response")))
-    return _chat(turns, [only_image(members)])
+    return _chat(turns, [only_image(members)], source)
 
 
 def _schema(function: Callable[[Members, SourceConfig], Any]) -> Schema:
@@ -215,11 +215,13 @@ def _chat_images(members: Members, content: dict[str, Any]) -> list[Image]:
     return [image(members, name) for name in named]
 
 
-def _chat(turns: list[tuple[Role, str]], images: list[Image]) -> Segments:
+def _chat(turns: list[tuple[Role, str]], images: list[Image], source: SourceConfig) -> Segments:
     """Segments of a conversation; only the assistant's words are trained on.
 
     A turn that begins with an image has an empty text first, which says whose turn it is.
     """
+    if source.system_prompt and turns[0][0] != "system":
+        turns = [("system", source.system_prompt), *turns]
     asked = [number for number, (role, _) in enumerate(turns) if role == "user"]
     if not any(role == "assistant" for role, _ in turns):
         raise SampleError("no turn is the assistant's: there is nothing to train on")

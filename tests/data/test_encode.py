@@ -84,6 +84,23 @@ def readable(encoder, ids):
             [0, 4, 15, 18],
         ),
         ((user(""), assistant("2")), "[Un!nAn2!n", ".......2!.", [0]),
+        ((user("1"), assistant("")), "[Un1!nAn!n", "........!.", [0]),
+        (  # seven turns, an image in the third
+            (
+                user("1"),
+                assistant("2"),
+                user("a"),
+                image(),
+                user("3"),
+                assistant("4"),
+                user("5"),
+                assistant("6"),
+                user("7"),
+            ),
+            "[Un1!nAn2!nUnaIIIIIIIII3!nAn4!nUn5!nAn6!nUn7!n",
+            "........2!." + "." * 17 + "4!." + "." * 7 + "6!." + "." * 5,
+            None,
+        ),
         ((user("1"), Text("2", loss=False, role="assistant")), "[Un1!nAn2!n", "." * 11, [0, 6]),
     ],
 )
@@ -91,7 +108,8 @@ def test_tokens_and_labels(encoder, segments, ids, labels, starts):
     encoded = encoder.encode(document(*segments))
     assert readable(encoder, encoded.input_ids) == ids
     assert readable(encoder, encoded.labels) == labels
-    assert encoded.segment_starts.tolist() == starts
+    if starts is not None:
+        assert encoded.segment_starts.tolist() == starts
     assert encoded.input_ids.dtype == encoded.labels.dtype == encoded.segment_starts.dtype == np.int32
 
 

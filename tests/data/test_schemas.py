@@ -152,6 +152,18 @@ def test_conversations(turns, images, expected, field):
     assert list(read("conversation", **images, json={field: turns}).segments) == expected
 
 
+def test_a_source_may_have_a_system_prompt():
+    convert, config = SCHEMAS["conversation"], source("conversation", system_prompt="Be brief.")
+
+    def first(*turns):
+        (document,) = convert({"json": json.dumps({"conversations": turns}).encode()}, config, "k")
+        return document.segments[0]
+
+    assert first(TURN, ANSWER) == system("Be brief.")
+    own = {"from": "system", "value": "Be long."}
+    assert first(own, TURN, ANSWER) == system("Be long.")
+
+
 @pytest.mark.parametrize(
     ("named", "expected"),
     [
