@@ -216,8 +216,9 @@ class ModelConfig(Section):
     folder."""
     train_tower: bool = False
     """Train the vision tower too, on all tiles of a micro-batch at once; else it is frozen, whole on every rank."""
-    activation_checkpointing: bool = operational(False)
-    """Compute the activations of decoder and trained tower again in the backward, instead of keeping them."""
+    activation_checkpointing: int = operational(0, ge=0)
+    """Compute the activations of every so many-th block of decoder, sampler and trained tower again in the backward,
+    instead of keeping them: 1 (or true) of each block, 2 of every second, 0 of none."""
     attention: Literal["auto", "flash_attn", "torch_varlen", "per_document", "dense"] = operational("auto")
     """Backend of decoder and sampler; auto: the fastest that can run here. dense is the slow reference."""
     lora: LoraConfig | None = None

@@ -132,7 +132,7 @@ def build_trained(model_config: Blip3Config, config: Config) -> Blip3ForConditio
         add_lora(model, config.model.lora)
     if config.model.activation_checkpointing:
         # Non-reentrant, for inputs without a gradient are right in it too.
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False}, config.model.activation_checkpointing)
     return model
 
 

@@ -278,7 +278,7 @@ OPERATIONAL = {
     "run_dir": "elsewhere",
     "resume": "never",
     "stop_after_steps": 3,
-    "model__activation_checkpointing": True,
+    "model__activation_checkpointing": 2,
     "model__attention": "dense",
     "data__decode_workers": 3,
     "data__prefetch_bytes": 4,

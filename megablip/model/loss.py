@@ -4,6 +4,11 @@ The head's product, the softmax and all gradients are computed chunk by chunk in
 the forward (the algorithm of Liger-Kernel, arXiv 2410.10989, section 3.2), so
 memory doesn't grow with the sequence.  Rows without a label are dropped first:
 image and prompt tokens are half to nine tenths of a vision-language batch.
+
+What is not a matrix product goes in pieces that stay in a CPU's cache: the
+softmax a few rows at a time, in place of the logits; the gradient of the weight
+some rows of the vocabulary at a time.  On two CPU cores that made the softmax
+four times as fast, and adding chunks up in float32 free.
 """
 
 from __future__ import annotations
@@ -16,8 +21,17 @@ from torch import Tensor, nn
 
 from megablip.records import IGNORE_LABEL
 
-# Logits of one chunk: 2**24 float32 values are 64 MiB.
-_CHUNK_ELEMENTS = 2**24
+_CHUNK_BYTES = 2**26
+"""Logits of one chunk, in the precision of the weights."""
+
+
+class _Pieces(NamedTuple):
+    softmax_elements: int  # whose softmax is in memory at once, in float32
+    vocabulary_rows: int  # of the weight's gradient that are computed at once
+
+
+_PIECES = {"cpu": _Pieces(2**20, 1024)}
+_LARGE_PIECES = _Pieces(2**24, 8192)  # where each piece is a kernel to launch
 
 
 class TokenLoss(NamedTuple):
@@ -60,73 +74,132 @@ def next_token_loss(
         by_row: see row_cross_entropy.
     """
     rows = (labels[1:] != IGNORE_LABEL).nonzero().squeeze(1)
-    inputs, targets = hidden.index_select(0, rows), labels[1:].index_select(0, rows)
+    targets = labels[1:].index_select(0, rows)
     if by_row:
-        per_row = row_cross_entropy(inputs, weight, targets, bias)
+        per_row = row_cross_entropy(hidden.index_select(0, rows), weight, targets, bias)
         return TokenLoss(per_row.sum(), per_row, rows)
-    total, per_row = linear_cross_entropy(inputs, weight, targets, bias)
+    total, per_row = linear_cross_entropy(hidden, weight, rows, targets, bias)
     return TokenLoss(total, per_row, rows)
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, chunk_rows: int | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    chunk_rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sum and rows of `cross_entropy(hidden @ weight.T + bias, targets)`, softmax in float32.
+    """Sum and rows of `cross_entropy(hidden[rows] @ weight.T + bias, targets)`, softmax in float32.
 
-    Zero rows are allowed: the sum is 0 and all gradients are exactly zero.
+    No row at all is allowed: the sum is 0 and all gradients are exactly zero.
 
     Args:
-        hidden: [N, d].
+        hidden: [T, d].
+        rows: int64[N], each at most once.
         targets: int64[N], each a valid id.
-        chunk_rows: rows whose logits are held at once; by default about 64 MiB of them.
+        chunk_rows: rows whose logits are held at once; by default 64 MiB of them.
 
     Returns:
-        The float32 sum, differentiable, and float32[N] losses, detached.
+        The float32 sum, differentiable once, and float32[N] losses, detached.
     """
-    return _LinearCrossEntropy.apply(
-        hidden, weight, bias, targets, chunk_rows or _chunk_rows(weight), torch.is_grad_enabled()
-    )
+    chunk_rows = chunk_rows or _chunk_rows(weight)
+    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, rows, chunk_rows, torch.is_grad_enabled())
 
 
 def _chunk_rows(weight: Tensor) -> int:
-    return max(128, _CHUNK_ELEMENTS // weight.shape[0])
+    return max(128, _CHUNK_BYTES // (weight.shape[0] * weight.element_size()))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, chunk_rows, grad_enabled):
+    def forward(ctx, hidden, weight, bias, targets, rows, chunk_rows, grad_enabled):
         need_hidden, need_weight, need_bias = (needed and grad_enabled for needed in ctx.needs_input_grad[:3])
-        losses = hidden.new_empty(len(hidden), dtype=torch.float32)
-        grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        # Chunks add up in float32; one bf16 chunk after another would round away.
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        pieces = _PIECES.get(hidden.device.type, _LARGE_PIECES)
+        losses = hidden.new_empty(len(rows), dtype=torch.float32)
+        grad_hidden = torch.zeros_like(hidden) if need_hidden else None
+        grad_weight = _WeightGradient(weight, len(rows) <= chunk_rows, pieces.vocabulary_rows) if need_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
-        for start in range(0, len(hidden), chunk_rows):
-            rows = slice(start, start + chunk_rows)
-            inputs, target = hidden[rows], targets[rows].unsqueeze(1)
-            log_probs = F.log_softmax(F.linear(inputs, weight, bias), dim=-1, dtype=torch.float32)
-            losses[rows] = -log_probs.gather(1, target).squeeze(1)
-            if not (need_hidden or need_weight or need_bias):
-                continue
-            grad_logits = log_probs.exp_()
-            grad_logits.scatter_add_(1, target, grad_logits.new_full(target.shape, -1.0))
-            if need_bias:
-                grad_bias += grad_logits.sum(0)
-            grad_logits = grad_logits.to(hidden.dtype)
+        for chunk in range(0, len(rows), chunk_rows):
+            part = slice(chunk, chunk + chunk_rows)
+            inputs = hidden.index_select(0, rows[part])
+            logits = F.linear(inputs, weight, bias)
+            _softmax(logits, targets[part], losses[part], need_hidden or need_weight or need_bias, grad_bias, pieces)
             if need_hidden:
-                torch.mm(grad_logits, weight, out=grad_hidden[rows])
+                grad_hidden.index_copy_(0, rows[part], logits @ weight)
             if need_weight:
-                grad_weight += grad_logits.t() @ inputs
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+                grad_weight.add(logits, inputs)
+            del logits  # before those of the next chunk are made
+        # Not by save_for_backward, which would keep all of it to the end of the backward.
+        ctx.gradients = grad_hidden, grad_weight, grad_bias
         ctx.dtype = weight.dtype
         ctx.mark_non_differentiable(losses)
         return losses.sum(), losses
 
     @staticmethod
     def backward(ctx, grad_total, _):
-        # In float32: the factor 1 / (valid tokens), rounded to bf16, would bias every gradient alike.
-        grads = (None if grad is None else (grad.float() * grad_total).to(ctx.dtype) for grad in ctx.saved_tensors)
-        return (*grads, None, None, None)
+        if ctx.gradients is None:
+            raise RuntimeError("the gradients of a loss are kept for one backward only")
+        (grad_hidden, grad_weight, grad_bias), ctx.gradients = ctx.gradients, None
+        if grad_weight is not None:
+            grad_weight = grad_weight.scaled(grad_total)
+        if grad_hidden is not None:
+            _scale(grad_hidden, grad_total, out=grad_hidden)
+        if grad_bias is not None:
+            grad_bias = (grad_bias * grad_total).to(ctx.dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+
+
+class _WeightGradient:
+    """The sum of chunks' gradients of the weight, in blocks of the vocabulary that are freed one by one.
+
+    In float32: one bf16 chunk after another would round away.  A single chunk's is in the weight's precision.
+    """
+
+    def __init__(self, weight: Tensor, one_chunk: bool, piece_rows: int):
+        self._shape, self._dtype, self._piece_rows = weight.shape, weight.dtype, piece_rows
+        dtype = weight.dtype if one_chunk else torch.float32
+        self._blocks = [torch.empty_like(block, dtype=dtype) for block in weight.split(4 * piece_rows)]
+        self._filled = False
+
+    def add(self, grad_logits: Tensor, inputs: Tensor) -> None:
+        pieces = [piece for block in self._blocks for piece in block.split(self._piece_rows)]
+        for piece, grads in zip(pieces, grad_logits.split(self._piece_rows, dim=1), strict=True):
+            if self._filled:
+                piece += grads.t() @ inputs
+            else:
+                piece.copy_(grads.t() @ inputs)
+        self._filled = True
+
+    def scaled(self, factor: Tensor) -> Tensor:
+        """The whole times `factor`; for once, as it takes the sum apart."""
+        if not self._filled:
+            return factor.new_zeros(self._shape, dtype=self._dtype)
+        whole = factor.new_empty(self._shape, dtype=self._dtype)
+        for part in whole.split([len(block) for block in self._blocks]):
+            _scale(self._blocks.pop(0), factor, out=part)
+        return whole
+
+
+def _softmax(logits, targets, losses, with_gradient, grad_bias, pieces: _Pieces) -> None:
+    """Fill in the losses; put the gradient in the place of the logits, and add that of the bias up."""
+    rows = max(1, pieces.softmax_elements // logits.shape[1])
+    for part, target, loss in zip(
+        logits.split(rows), targets.unsqueeze(1).split(rows), losses.split(rows), strict=True
+    ):
+        log_probs = F.log_softmax(part, dim=-1, dtype=torch.float32)
+        torch.neg(log_probs.gather(1, target).squeeze(1), out=loss)
+        if with_gradient:
+            gradient = log_probs.exp_()
+            gradient.scatter_add_(1, target, gradient.new_full(target.shape, -1.0))
+            if grad_bias is not None:
+                grad_bias += gradient.sum(0)
+            part.copy_(gradient)
+
+
+def _scale(gradient: Tensor, factor: Tensor, out: Tensor) -> None:
+    # In float32: the factor 1 / (valid tokens), rounded to bf16, would bias every gradient alike.
+    out.copy_(gradient.float() * factor)
 
 
 def row_cross_entropy(

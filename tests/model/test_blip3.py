@@ -1,5 +1,7 @@
+import re
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -166,18 +168,35 @@ def test_every_trainable_parameter_gets_a_gradient(with_images, labels):
     assert not any(p.requires_grad for p in model.vision_tower.parameters())
 
 
-@pytest.mark.parametrize("train_tower", [False, True])
-def test_activation_checkpointing_changes_nothing(train_tower):
+@pytest.mark.parametrize(
+    ("every", "train_tower", "recomputed"),
+    [
+        (1, False, ["sampler.layers.0", "sampler.layers.1", "decoder.model.layers.0", "decoder.model.layers.1"]),
+        (2, True, ["vision_tower.encoder.layers.0", "sampler.layers.1", "decoder.model.layers.1"]),
+    ],
+)
+def test_activation_checkpointing_changes_nothing(every, train_tower, recomputed):
     model = tiny_model(train_tower=train_tower).train()
     packed = pack(docs())
     features = None if train_tower else features_of(model, packed)
-    model(packed=packed, vision_features=features).loss.backward()
-    plain = gradients(model)
-    model.zero_grad()
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    model(packed=packed, vision_features=features).loss.backward()
-    for name, grad in gradients(model).items():
-        torch.testing.assert_close(grad, plain[name], atol=0, rtol=0, msg=name)
+    calls = Counter()
+    for name, module in model.named_modules():
+        if re.fullmatch(r".*layers\.\d+", name):
+            inner = next(m for m in module.modules() if isinstance(m, torch.nn.Linear))
+            inner.register_forward_hook(lambda *_, name=name: calls.update([name]))
+
+    def run():
+        model.zero_grad()
+        calls.clear()
+        model(packed=packed, vision_features=features).loss.backward()
+        return gradients(model)
+
+    plain = run()
+    assert set(calls.values()) == {1}
+    model.activation_checkpointing_enable({"use_reentrant": False}, every)
+    for name, grad in run().items():
+        assert torch.equal(grad, plain[name]), name
+    assert [name for name, count in calls.items() if count == 2] == recomputed
 
 
 def test_wrong_number_of_visual_tokens_is_an_error():

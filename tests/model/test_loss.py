@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from megablip.model import loss as loss_module
 from megablip.model.loss import LossHead, linear_cross_entropy, next_token_loss, row_cross_entropy
 from megablip.records import IGNORE_LABEL
 
@@ -14,13 +15,20 @@ def tensors(rows, dtype=torch.float32, vocabulary=37, dim=12):
     return hidden, weight, bias, torch.randint(0, vocabulary, (rows,))
 
 
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """Several pieces of softmax and vocabulary, as at full size; the last ones smaller."""
+    monkeypatch.setitem(loss_module._PIECES, "cpu", loss_module._Pieces(37 * 3, 5))
+
+
+@pytest.mark.usefixtures("small_pieces")
 @pytest.mark.parametrize("chunk_rows", [1, 7, 100])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_values_and_gradients_equal_torch(chunk_rows, with_bias):
     hidden, weight, bias, targets = tensors(23)
     bias = bias if with_bias else None
     wanted = F.cross_entropy(F.linear(hidden, weight, bias), targets, reduction="none")
-    total, per_row = linear_cross_entropy(hidden, weight, targets, bias, chunk_rows)
+    total, per_row = linear_cross_entropy(hidden, weight, torch.arange(23), targets, bias, chunk_rows)
     torch.testing.assert_close(per_row, wanted)
     leaves = [x for x in (hidden, weight, bias) if x is not None]
     scale = 0.37
@@ -46,7 +54,7 @@ def test_rows_carry_their_own_gradients(chunk_rows, frozen):
 
 def test_bf16_keeps_the_softmax_and_the_sum_in_float32():
     hidden, weight, bias, targets = tensors(2000, torch.bfloat16)
-    total, per_row = linear_cross_entropy(hidden, weight, targets, bias, 64)
+    total, per_row = linear_cross_entropy(hidden, weight, torch.arange(2000), targets, bias, 64)
     wanted = F.cross_entropy(F.linear(hidden, weight, bias).float(), targets, reduction="none")
     assert total.dtype == per_row.dtype == torch.float32
     torch.testing.assert_close(per_row, wanted)
@@ -84,3 +92,26 @@ def test_head_gives_logits_or_loss():
     torch.testing.assert_close(head(hidden, labels).total, wanted)
     with torch.no_grad():
         assert not head(hidden, labels).total.requires_grad
+
+
+def test_a_loss_gives_its_gradients_once():
+    head = LossHead(12, 37)
+    hidden, _, _, labels = tensors(9)
+    loss = head(hidden, labels).total
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one backward only"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("trained", ["hidden", "weight", "bias"])
+def test_only_what_is_trained_gets_a_gradient(trained):
+    hidden, weight, bias, targets = tensors(9)
+    leaves = {"hidden": hidden, "weight": weight, "bias": bias}
+    wanted = torch.autograd.grad(
+        F.cross_entropy(F.linear(hidden, weight, bias), targets, reduction="sum"), leaves[trained]
+    )
+    for name, leaf in leaves.items():
+        leaf.requires_grad_(name == trained)
+    linear_cross_entropy(hidden, weight, torch.arange(9), targets, bias, 4)[0].backward()
+    assert [name for name, leaf in leaves.items() if leaf.grad is not None] == [trained]
+    torch.testing.assert_close(leaves[trained].grad, wanted[0], atol=1e-5, rtol=1e-5)

@@ -144,8 +144,8 @@ def test_a_rival_that_fails_says_why():
 
 def test_the_step_bench_would_notice_documents_that_see_each_other():
     step = importlib.import_module("tools.bench.step")
-    model = step.build_model()
-    batch = step.make_batch(model.config.layout)
+    model = step.demo_model()
+    batch = step.demo_batch(model.config.layout)
     assert len(batch.doc_lens) == 24
     assert 40 <= sum(batch.doc_lens) / 24 <= 50
     features = torch.randn(*batch.patch_mask.shape, step.TOWER["hidden_size"], dtype=torch.bfloat16)

@@ -14,7 +14,8 @@ from tools.bench.core import Row, run
 
 # Each is a module of this package whose `rows()` measures.
 BENCHES = {
-    "step": "forward and backward of a packed micro-batch, beside transformers' own packed attention",
+    "step": "forward and backward of a packed micro-batch, beside transformers, packed and padded",
+    "loss": "the loss head at Phi-3-mini's size, beside all logits and cross entropy: time and peak memory",
     "cli": "time until help and until the error of a recipe",
     "reader": "reading samples out of shards, beside webdataset and tarfile",
     "packing": "packing documents: how full sequences are, how even their tiles, how fast",

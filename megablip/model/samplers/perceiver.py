@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from megablip.model.attention import dense_attention
 
@@ -31,9 +32,7 @@ class PerceiverResampler(nn.Module):
     ):
         super().__init__()
         self.latents = nn.Parameter(torch.randn(num_latents, dim))
-        self.layers = nn.ModuleList(
-            nn.ModuleList([PerceiverAttention(dim, heads, dim_head), feed_forward(dim, ff_mult)]) for _ in range(depth)
-        )
+        self.layers = nn.ModuleList(PerceiverBlock(dim, heads, dim_head, ff_mult) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
         self.projection = nn.Linear(dim, output_dim)
 
@@ -44,10 +43,24 @@ class PerceiverResampler(nn.Module):
         # Latents see each other always, so a tile of padding only has something to attend to.
         visible = torch.cat([patch_mask.bool(), patch_mask.new_ones(latents.shape[:2], dtype=torch.bool)], dim=1)
         mask = visible[:, None, None, :]
-        for attention, feed in self.layers:
-            latents = latents + attention(features, latents, mask)
-            latents = latents + feed(latents)
+        for block in self.layers:
+            latents = block(latents, features, mask)
         return self.projection(self.norm(latents))
+
+
+class PerceiverBlock(GradientCheckpointingLayer):
+    """Attention and feed-forward, each added to the latents; named 0 and 1 in the released weights."""
+
+    def __init__(self, dim: int, heads: int, dim_head: int, ff_mult: int):
+        super().__init__()
+        self.add_module("0", PerceiverAttention(dim, heads, dim_head))
+        self.add_module("1", feed_forward(dim, ff_mult))
+
+    def forward(self, latents: Tensor, media: Tensor, mask: Tensor) -> Tensor:
+        """[N, K, dim], [N, P, dim], bool[N, 1, 1, P + K] -> [N, K, dim]."""
+        attention, feed = self.children()
+        latents = latents + attention(media, latents, mask)
+        return latents + feed(latents)
 
 
 class PerceiverAttention(nn.Module):
