@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModel,
-    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
     GenerationMixin,
@@ -30,9 +29,8 @@ from transformers.utils import ModelOutput
 
 from megablip.config import ModelConfig
 from megablip.errors import ConfigError, PackingError
-from megablip.model.attention import ATTENTION
+from megablip.model.decoder import build_decoder
 from megablip.model.layout import layout_from_config
-from megablip.model.loss import LossHead
 from megablip.model.packing import PackedLayout
 from megablip.model.processor import Blip3Processor
 from megablip.model.samplers import PerceiverResampler, regroup_released
@@ -179,11 +177,7 @@ class Blip3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.sampler = PerceiverResampler(
             dim=config.vision_config.hidden_size, output_dim=config.text_config.hidden_size, **config.sampler
         )
-        self.decoder = AutoModelForCausalLM.from_config(
-            config.text_config, attn_implementation=config.text_config._attn_implementation or ATTENTION
-        )
-        head = self.decoder.get_output_embeddings()
-        self.decoder.set_output_embeddings(LossHead(head.in_features, head.out_features, bias=config.head_bias))
+        self.decoder = build_decoder(config.text_config, config.head_bias)
         # A generated <image> id would have no image behind it.
         self.generation_config.suppress_tokens = [config.image_token_id]
         self.post_init()

@@ -15,20 +15,18 @@ from megablip.model.layout import read_layout
 from megablip.model.vision import encode_tiles
 from megablip.records import IGNORE_LABEL, VisualLayout
 
-from .tiny import IMAGE_ID, PAD_ID, features_of, make_doc, pack, tiny_config, tiny_model
-
-
-def docs():
-    return [
-        make_doc(12, [], seed=1),
-        make_doc(20, [(2, 1)], seed=2),
-        make_doc(9, [(1, 2), (2, 2)], seed=3),
-        make_doc(31, [], seed=4),
-    ]
-
-
-def gradients(model):
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+from .tiny import (
+    IMAGE_ID,
+    docs,
+    features_of,
+    gradients,
+    left_padded,
+    make_doc,
+    pack,
+    prompts,
+    tiny_config,
+    tiny_model,
+)
 
 
 def test_packed_equals_documents_alone():
@@ -210,49 +208,28 @@ def test_wrong_number_of_visual_tokens_is_an_error():
         model(packed.input_ids[None])
 
 
-def left_padded(rows):
-    length = max(len(row.input_ids) for row in rows)
-    ids = torch.full((len(rows), length), PAD_ID)
-    mask = torch.zeros_like(ids)
-    for number, row in enumerate(rows):
-        ids[number, length - len(row.input_ids) :] = row.input_ids
-        mask[number, length - len(row.input_ids) :] = 1
-    return {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "tiles": torch.cat([row.tiles for row in rows]),
-        "patch_mask": torch.cat([row.patch_mask for row in rows]),
-        "grids": torch.tensor([grid for row in rows for grid in row.grids], dtype=torch.int32).reshape(-1, 2),
-    }
-
-
 @pytest.mark.parametrize("window", [None, 16])
 def test_batched_generation_equals_one_by_one(window):
     model = tiny_model(window=window)
-    prompts = [
-        make_doc(7, [], seed=5),
-        make_doc(11, [(2, 1)], seed=6),
-        make_doc(5, [(1, 2), (2, 2), (2, 1)], seed=7),
-    ]
     options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
 
     def new_tokens(rows):
         inputs = left_padded(rows)
         return model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
 
-    together = new_tokens(prompts)
-    alone = torch.cat([new_tokens([prompt]) for prompt in prompts])
+    together = new_tokens(prompts())
+    alone = torch.cat([new_tokens([prompt]) for prompt in prompts()])
     assert together.shape == (3, 12)
     assert torch.equal(together, alone)
     assert len(set(together[0].tolist())) > 2  # a model that repeats one token proves nothing
     # The images matter: other pixels, other answers.
-    inputs = left_padded(prompts)
+    inputs = left_padded(prompts())
     inputs["tiles"] = 255 - inputs["tiles"]
     other = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
     assert torch.equal(other[0], together[0])
     assert not torch.equal(other[2], together[2])
     # And so does the cache, against no cache at all.
-    without_cache = model.generate(**left_padded(prompts), **options, use_cache=False)[:, -12:]
+    without_cache = model.generate(**left_padded(prompts()), **options, use_cache=False)[:, -12:]
     assert torch.equal(without_cache, together)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from transformers import Phi3Config, SiglipVisionConfig
+from transformers import Phi3Config, PreTrainedConfig, SiglipVisionConfig
 
 from megablip.model.blip3 import Blip3Config, Blip3ForConditionalGeneration
 from megablip.model.vision import encode_tiles
@@ -14,8 +14,10 @@ from megablip.records import IGNORE_LABEL, MicroBatch
 IMAGE_ID, PAD_ID, VOCABULARY = 90, 89, 96
 
 
-def tiny_config(window: int | None = None, vocabulary: int = VOCABULARY, **overrides) -> Blip3Config:
-    text = Phi3Config(
+def tiny_config(
+    window: int | None = None, vocabulary: int = VOCABULARY, text: PreTrainedConfig | None = None, **overrides
+) -> Blip3Config:
+    text = text or Phi3Config(
         vocab_size=vocabulary,
         hidden_size=48,
         intermediate_size=64,
@@ -114,6 +116,46 @@ def pack(docs: list[Doc]) -> MicroBatch:
         keys=[str(number) for number in range(len(docs))],
         dummy=dummy,
     )
+
+
+def docs() -> list[Doc]:
+    """Two with images and two without."""
+    return [
+        make_doc(12, [], seed=1),
+        make_doc(20, [(2, 1)], seed=2),
+        make_doc(9, [(1, 2), (2, 2)], seed=3),
+        make_doc(31, [], seed=4),
+    ]
+
+
+def prompts() -> list[Doc]:
+    """With no image, one and three."""
+    return [
+        make_doc(7, [], seed=5),
+        make_doc(11, [(2, 1)], seed=6),
+        make_doc(5, [(1, 2), (2, 2), (2, 1)], seed=7),
+    ]
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def left_padded(rows: list[Doc]) -> dict[str, torch.Tensor]:
+    """What generate takes, as the processor makes it."""
+    length = max(len(row.input_ids) for row in rows)
+    ids = torch.full((len(rows), length), PAD_ID)
+    mask = torch.zeros_like(ids)
+    for number, row in enumerate(rows):
+        ids[number, length - len(row.input_ids) :] = row.input_ids
+        mask[number, length - len(row.input_ids) :] = 1
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "tiles": torch.cat([row.tiles for row in rows]),
+        "patch_mask": torch.cat([row.patch_mask for row in rows]),
+        "grids": torch.tensor([grid for row in rows for grid in row.grids], dtype=torch.int32).reshape(-1, 2),
+    }
 
 
 def features_of(model: Blip3ForConditionalGeneration, batch: MicroBatch) -> torch.Tensor:

@@ -77,25 +77,55 @@ def _attention_interface(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention contract: [B, heads, Q, D] in, [B, Q, heads, D] out, no weights."""
+    check_options(options, type(module).__name__)
     if packing is None:
+        if attention_mask is not None and attention_mask.shape[-1] < key.shape[2]:  # what stands for none in a pack
+            raise ConfigError(
+                "a layer of the decoder attends without knowing where documents end",
+                where=type(module).__name__,
+                remedy="take a decoder whose layers hand all arguments to the attention, as Llama's do",
+            )
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
         )
-    unknown = ["attention_dropout"] * bool(dropout) + [name for name in _UNKNOWN if options.get(name) is not None]
-    if unknown:
-        raise ConfigError(
-            f"the decoder's attention has {', '.join(unknown)}, and packed attention has not",
-            where=type(module).__name__,
-            remedy="switch it off in the decoder's config, or take another decoder",
-        )
+    if dropout:
+        raise _lacks("attention_dropout", type(module).__name__)
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     window = options.get("sliding_window")
     out = varlen_attention(q, k, v, layout_q=packing, layout_k=packing, causal=True, window=window, scale=scaling)
     return out.unsqueeze(0), None
 
 
-# What some decoders hand to their attention and no backend has: Gemma 2's soft cap, gpt-oss's sinks.
-_UNKNOWN = ("softcap", "s_aux", "position_bias")
+def check_options(options: dict[str, Any], where: str) -> None:
+    """Raises ConfigError for what changes an attention and no backend has: Gemma 2's soft cap, gpt-oss's sinks."""
+    known = _KNOWN if options.get("is_causal", True) else _KNOWN - {"is_causal"}
+    unknown = sorted(name for name, value in options.items() if value is not None and name not in known)
+    if unknown:
+        raise _lacks(", ".join(unknown), where)
+
+
+# What decoders hand to their attention: their window, what is rotated in already, and what is about caches and results.
+_KNOWN = {
+    "sliding_window",
+    "is_causal",
+    "position_ids",
+    "position_embeddings",
+    "cache_position",
+    "past_key_values",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+}
+
+
+def _lacks(what: str, where: str) -> ConfigError:
+    return ConfigError(
+        f"the decoder's attention has {what}, and the attention here has not",
+        where=where,
+        remedy="switch it off in the decoder's config, or take another decoder",
+    )
+
 
 AttentionInterface.register(ATTENTION, _attention_interface)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
