@@ -34,7 +34,7 @@ from megablip.model.layout import layout_from_config
 from megablip.model.packing import PackedLayout
 from megablip.model.processor import Blip3Processor
 from megablip.model.samplers import PerceiverResampler, regroup_released
-from megablip.model.vision import build_tower, encode_tiles, freeze, tower_features
+from megablip.model.vision import build_tower, encode_tiles, freeze, tower_config, tower_features
 from megablip.records import IGNORE_LABEL, MicroBatch, VisualLayout
 
 # The released model (arXiv 2408.08872 v1): sizes of its parts and its tile templates.
@@ -56,13 +56,16 @@ class Blip3Config(PreTrainedConfig):
 
     Args:
         text_config: of any transformers causal language model; its embeddings must not be tied.
-        vision_config: of the tower.
+        vision_config: of the tower: SigLIP, SigLIP 2 or CLIP, or of a whole such model; with the
+            mean and standard deviation that pixels are normalised with (vision.tower_config).
         sampler: sizes of the PerceiverResampler: depth, heads, dim_head, num_latents
             (visual tokens of a tile), ff_mult.
         grids: (columns, rows) templates of an image's tiles; none gives the base tile alone.
         grid_rule: how an image's template is chosen (data.images.choose_grid).
-        tile_layout: `crops` gives the sampler one crop at a time; `released` regroups
-            them as released weights need (samplers.regroup_released).
+        tile_layout: what the sampler takes for one tile: `crops`, the crops of the image; or
+            `released`, for weights of xGen-MM: that code stitches the crops into one map of patches and
+            cuts it again without undoing the order, so that in grids of several columns each "tile" is a
+            strip of full width (samplers.regroup_released).
         image_token_id: the id that stands for one visual token.
         head_bias: whether the output head has a bias; released weights have one.
     """
@@ -86,6 +89,7 @@ class Blip3Config(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
+        self.vision_config = tower_config(self.vision_config)
         self.sampler = _SAMPLER | (self.sampler or {})
         self.grids = [list(grid) for grid in self.grids]
 

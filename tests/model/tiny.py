@@ -15,7 +15,11 @@ IMAGE_ID, PAD_ID, VOCABULARY = 90, 89, 96
 
 
 def tiny_config(
-    window: int | None = None, vocabulary: int = VOCABULARY, text: PreTrainedConfig | None = None, **overrides
+    window: int | None = None,
+    vocabulary: int = VOCABULARY,
+    text: PreTrainedConfig | None = None,
+    vision: PreTrainedConfig | None = None,
+    **overrides,
 ) -> Blip3Config:
     text = text or Phi3Config(
         vocab_size=vocabulary,
@@ -31,7 +35,7 @@ def tiny_config(
         eos_token_id=2,
         initializer_range=0.2,  # far from uniform predictions, so that mistakes show
     )
-    vision = SiglipVisionConfig(
+    vision = vision or SiglipVisionConfig(
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=1,
