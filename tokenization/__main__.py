@@ -26,10 +26,11 @@ def train(
     vocab_size: Annotated[int, typer.Option(help="Ids in all, special tokens included; small corpora give fewer.")],
     out: Annotated[Path, typer.Option(help="Folder for the tokenizer.")],
     token: Annotated[list[str], typer.Option(help="Markup kept as one token. [default: OCR tags]")] = list(OCR_TAGS),  # noqa: B006
+    chat: Annotated[bool, typer.Option(help="Add the tokens and the template of Phi-3's conversations.")] = False,
 ) -> None:
     """Train a SentencePiece BPE model and write it as a Hugging Face tokenizer."""
     try:
-        ids = train_tokenizer(input, out, vocab_size, tuple(token))
+        ids = train_tokenizer(input, out, vocab_size, tuple(token), chat)
     except MegablipError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None

@@ -1,7 +1,8 @@
 """Train a SentencePiece BPE model and write it as a Hugging Face tokenizer folder.
 
 The ids, in order: `<unk> <s> </s> <pad>`, markup tags, 256 bytes, learned
-pieces, and last the three tokens that xGen-MM adds.  Digits stand alone, bytes
+pieces, Phi-3's chat tokens where they are asked for, and last the three tokens
+that xGen-MM adds.  Digits stand alone, bytes
 spell what no piece covers, and nothing is normalised, so text comes back as it
 was (except U+2581, which SentencePiece uses for the space).
 """
@@ -15,8 +16,9 @@ from pathlib import Path
 import sentencepiece
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from megablip.chat import PHI3_TEMPLATE
 from megablip.errors import ConfigError
-from megablip.tokens import OCR_TAGS, PAD_TOKEN, VISION_TOKENS
+from megablip.tokens import CHAT_TOKENS, OCR_TAGS, PAD_TOKEN, VISION_TOKENS
 
 UNK, BOS, EOS = "<unk>", "<s>", "</s>"
 SPACE = "\u2581"
@@ -26,12 +28,15 @@ BYTES = 256
 MAX_LINE_BYTES = 2**20
 
 
-def train_tokenizer(inputs: Sequence[Path], out: Path, vocab_size: int, tags: Sequence[str] = OCR_TAGS) -> int:
+def train_tokenizer(
+    inputs: Sequence[Path], out: Path, vocab_size: int, tags: Sequence[str] = OCR_TAGS, chat: bool = False
+) -> int:
     """Train on the lines of `inputs` and fill the folder `out`.
 
     Args:
         vocab_size: ids in all; a corpus too small to fill them gives fewer.
         tags: markup that is one token wherever it stands in text.
+        chat: add the tokens and the template of Phi-3's conversations.
 
     Returns:
         The number of ids.
@@ -42,7 +47,8 @@ def train_tokenizer(inputs: Sequence[Path], out: Path, vocab_size: int, tags: Se
     missing = [str(path) for path in inputs if not path.is_file()]
     if missing:
         raise ConfigError("the corpus does not exist", where=", ".join(missing), remedy="check the path")
-    needed = len((UNK, BOS, EOS, PAD_TOKEN)) + len(tags) + BYTES + len(VISION_TOKENS)
+    added = [*(CHAT_TOKENS.values() if chat else ()), *VISION_TOKENS]
+    needed = len((UNK, BOS, EOS, PAD_TOKEN)) + len(tags) + BYTES + len(added)
     if vocab_size <= needed:
         raise ConfigError(
             f"{vocab_size} ids leave no room for words: bytes and special tokens take {needed}",
@@ -50,8 +56,8 @@ def train_tokenizer(inputs: Sequence[Path], out: Path, vocab_size: int, tags: Se
             remedy=f"ask for more than {needed}",
         )
     out.mkdir(parents=True, exist_ok=True)
-    model = _train_sentencepiece(inputs, out, vocab_size - len(VISION_TOKENS), tags)
-    tokenizer = to_hugging_face(model, tags)
+    model = _train_sentencepiece(inputs, out, vocab_size - len(added), tags)
+    tokenizer = to_hugging_face(model, tags, added)
     tokenizer.save(str(out / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -59,15 +65,19 @@ def train_tokenizer(inputs: Sequence[Path], out: Path, vocab_size: int, tags: Se
         "eos_token": EOS,
         "unk_token": UNK,
         "pad_token": PAD_TOKEN,
-        "additional_special_tokens": list(VISION_TOKENS),
+        "additional_special_tokens": added,
         "clean_up_tokenization_spaces": False,
     }
+    if chat:
+        config["chat_template"] = PHI3_TEMPLATE
     (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return tokenizer.get_vocab_size()
 
 
-def to_hugging_face(model: sentencepiece.SentencePieceProcessor, tags: Sequence[str]) -> Tokenizer:
-    """The same tokenizer for the `tokenizers` library, with xGen-MM's three tokens added."""
+def to_hugging_face(
+    model: sentencepiece.SentencePieceProcessor, tags: Sequence[str], added: Sequence[str] = VISION_TOKENS
+) -> Tokenizer:
+    """The same tokenizer for the `tokenizers` library, with `added` control tokens after its pieces."""
     pieces = [model.id_to_piece(i) for i in range(model.get_piece_size())]
     vocab = {piece: i for i, piece in enumerate(pieces)}
     tokenizer = Tokenizer(
@@ -78,7 +88,7 @@ def to_hugging_face(model: sentencepiece.SentencePieceProcessor, tags: Sequence[
     tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.add_special_tokens([UNK, BOS, EOS, PAD_TOKEN])
     tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in tags])
-    tokenizer.add_special_tokens(list(VISION_TOKENS))
+    tokenizer.add_special_tokens(list(added))
     return tokenizer
 
 

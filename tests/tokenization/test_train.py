@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from megablip.chat import chat_format
 from megablip.errors import ConfigError
-from megablip.tokens import OCR_TAGS, PAD_TOKEN, VISION_TOKENS, Tokenizer
+from megablip.tokens import CHAT_TOKENS, OCR_TAGS, PAD_TOKEN, VISION_TOKENS, Tokenizer
 from tokenization.train import train_tokenizer
 
 WORDS = [
@@ -90,6 +91,20 @@ def test_auto_tokenizer_agrees(tokenizer, folder):
 def test_small_corpus_gives_fewer_ids(tmp_path):
     (tmp_path / "corpus.txt").write_text("a dog\n")
     assert train_tokenizer([tmp_path / "corpus.txt"], tmp_path / "out", vocab_size=5000) < 300
+
+
+def test_tokens_and_template_of_conversations(tmp_path):
+    (tmp_path / "corpus.txt").write_text("a b c\n" * 10)
+    train_tokenizer([tmp_path / "corpus.txt"], tmp_path, vocab_size=300, chat=True)
+    tokenizer = Tokenizer(tmp_path)
+    ids = [tokenizer.encode_template(token) for token in (*CHAT_TOKENS.values(), *VISION_TOKENS)]
+    assert ids == [[number] for number in range(tokenizer.vocab_size - len(ids), tokenizer.vocab_size)]
+    found = chat_format(tokenizer, tmp_path)
+    assert set(found.opening) == {"system", "user", "assistant"}
+    text = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
+        [{"role": "user", "content": "a"}], tokenize=False
+    )
+    assert text == "<|user|>\na<|end|>\n"
 
 
 def test_own_tags(tmp_path):
