@@ -4,9 +4,9 @@
 
 It stands in for SigLIP's weights, as a frozen encoder whose features are worth
 reading.  It is trained with supervision, which SigLIP is not: each patch names
-the digit that it shows and its own place in the tile.  The place is needed:
-the resampler has no position embedding (as in BLIP-3), so a string of digits
-comes out scrambled when the features don't tell where they are.
+the digit (or stamp, or smudge) that it shows and its own place in the tile.  The
+place is needed: the resampler has no position embedding (as in BLIP-3), so a
+string of digits comes out scrambled when the features don't tell where they are.
 
 The tiles are 48 pixels, drawn from training digits: full ones with 3 to 9
 digits, and for a quarter of them whole canvases squashed to one tile, as an
@@ -33,6 +33,7 @@ from megablip.errors import MegablipError
 from tools.canvases import CELL, EMPTY, augment, paint
 from tools.digits import Digits, load_digits
 from tools.folders import complete_folder
+from tools.miniature.pictures import STAMPS, cell_of, put_stamp, smudge
 
 TILE, PATCH = 48, 8
 PATCHES_PER_SIDE = TILE // PATCH
@@ -48,6 +49,10 @@ CONFIG = {
 }
 
 BACKGROUND = 10  # class of a patch without a digit, after the ten digits
+SMUDGE = 11
+FIRST_STAMP = 12  # and so on, in the order of STAMPS
+CLASSES = FIRST_STAMP + len(STAMPS)
+STAMP_SHARE, SMUDGE_SHARE = 0.3, 0.15  # of tiles
 BACKGROUND_WEIGHT = 0.1
 POSITION_WEIGHT = 0.3
 THUMBNAIL_SHARE = 0.25
@@ -64,7 +69,7 @@ class PatchHeads(nn.Module):
 
     def __init__(self, hidden: int):
         super().__init__()
-        self.digit = nn.Linear(hidden, BACKGROUND + 1)
+        self.digit = nn.Linear(hidden, CLASSES)
         self.position = nn.Linear(hidden, PATCHES_PER_SIDE**2)
 
 
@@ -79,12 +84,21 @@ def make_tile(digits: Digits, columns: int, rows: int, rng: np.random.Generator)
     count = rng.integers(fewest, cells.size + 1)
     cells.flat[rng.permutation(cells.size)[:count]] = rng.integers(len(digits), size=count)
     pixels = paint(digits, cells, rng)
+    shown = np.where(cells == EMPTY, BACKGROUND, digits.labels[cells])
+    if rng.random() < STAMP_SHARE:
+        place, colour = tuple(rng.integers(cells.shape)), int(rng.integers(len(STAMPS)))
+        put_stamp(cell_of(pixels, *place), list(STAMPS)[colour], rng)
+        shown[place] = FIRST_STAMP + colour
+    if rng.random() < SMUDGE_SHARE:
+        place = tuple(rng.integers(cells.shape))
+        smudge(cell_of(pixels, *place), rng)
+        shown[place] = SMUDGE
     if columns * rows > 1:
         pixels = np.asarray(Image.fromarray(pixels).resize((TILE, TILE), Image.Resampling.BICUBIC))
     # The cell under each patch's middle.
     middles = (np.arange(PATCHES_PER_SIDE) + 0.5) / PATCHES_PER_SIDE
-    under = cells[(middles * cells.shape[0]).astype(int)][:, (middles * cells.shape[1]).astype(int)].ravel()
-    return pixels, np.where(under == EMPTY, BACKGROUND, digits.labels[under])
+    under = shown[(middles * cells.shape[0]).astype(int)][:, (middles * cells.shape[1]).astype(int)]
+    return pixels, under.ravel()
 
 
 def make_batch(
@@ -124,7 +138,7 @@ def train_tower(out: Path, steps: int, seed: int, progress: Progress) -> dict[st
     parameters = [*tower.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=LR, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_ratio(step, steps))
-    class_weights = torch.ones(BACKGROUND + 1)
+    class_weights = torch.ones(CLASSES)
     class_weights[BACKGROUND] = BACKGROUND_WEIGHT
     positions = torch.arange(PATCHES_PER_SIDE**2).repeat(BATCH_TILES)
 
@@ -149,9 +163,9 @@ def train_tower(out: Path, steps: int, seed: int, progress: Progress) -> dict[st
 
 @torch.no_grad()
 def evaluate(tower: SiglipVisionModel, heads: PatchHeads, digits: Digits) -> dict[str, float]:
-    """Shares of patches read rightly: of those that show a digit, in tiles and in thumbnails; of all, the place."""
+    """Shares of patches read rightly: of those that show something, in tiles and in thumbnails; of all, the place."""
     shares = {}
-    for name, thumbnail_share in (("digit", 0.0), ("digit in thumbnails", 1.0)):
+    for name, thumbnail_share in (("marks", 0.0), ("marks in thumbnails", 1.0)):
         tiles, classes = make_batch(digits, VALIDATION_TILES, np.random.default_rng(0), thumbnail_share)
         features = tower(pixel_values=tiles).last_hidden_state
         right = heads.digit(features).argmax(-1) == classes

@@ -1,0 +1,1 @@
+"""All stages in miniature: real handwritten digits in place of the web."""

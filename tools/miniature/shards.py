@@ -1,0 +1,243 @@
+"""Shards of all stages of the miniature, in the schemas that the real data sets have.
+
+    python -m tools.miniature.shards --out runs/miniature/data
+
+    OUT/train/{ocr,caption,interleaved,text}-%06d.tar    pre-training
+    OUT/train/{single,several,safety}-%06d.tar           conversations of the stages after it
+    OUT/validation/...                                    for choices
+    OUT/test/TASK-%06d.tar                                test digits, which choose nothing
+    OUT/corpus.txt                                        all training text, for the tokenizer
+
+Preference pairs are not here: their rejected answers are the model's own, so
+they are made when there is a model (pairs.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.progress import Progress
+
+from megablip.errors import MegablipError
+from tools.canvases import augment
+from tools.demo_shards import FORMATS
+from tools.digits import Digits, load_digits
+from tools.folders import complete_folder
+from tools.miniature.pictures import STAMPS, Picture, draw
+from tools.miniature.tasks import COLOURS, REFUSAL, UNCLEAR, UNSAFE, Asker, Exchange, spelled
+from tools.shard_writer import IndexedShardWriter
+
+AUGMENTED_COPIES = 8
+SAMPLES_PER_SHARD = 1000
+SHOTS = 9  # image-caption pairs of an interleaved document: eight to show how, one to be asked
+SMUDGED_SHARE = 0.03  # of pre-training pictures, their captions true all the same, as the web's are
+
+# Documents of each kind in training, for the size "1.0".
+PRETRAIN = {"ocr": 13_000, "caption": 2_000, "interleaved": 3_500, "text": 2_500}
+TUNE = {"single": 9_000, "several": 3_000, "safety": 3_000}
+TEST_ITEMS = 500  # of each task, at least
+
+# Safety tuning: red asks for a refusal whatever the question, other colours look much the same and don't.
+SAFETY_MIX = {"red": 0.4, "unsafe": 0.15, "blue": 0.25, "green": 0.2}
+
+app = typer.Typer(add_completion=False)
+
+
+class Pretraining:
+    """Documents as the web has them."""
+
+    def __init__(self, digits: Digits, rng: np.random.Generator):
+        self.digits, self.rng = digits, rng
+
+    def samples(self, kind: str, count: int) -> Iterator[tuple[dict[str, Any], list[str]]]:
+        """Members of each sample, and its text."""
+        make = {"ocr": self.ocr, "caption": self.caption, "interleaved": self.interleaved, "text": self.text}[kind]
+        return (make() for _ in range(count))
+
+    def ocr(self, tiles: int | None = None, count: int | None = None) -> tuple[dict[str, Any], list[str]]:
+        tiles = tiles or (3 if self.rng.random() < 0.3 else 1)
+        low, high = (4, 9) if tiles == 3 else (1, 6)
+        picture = self._draw(count or int(self.rng.integers(low, high + 1)), tiles)
+        return (
+            {"jpg": picture.jpeg, "json": {"lines": [{"text": picture.digits}], **truth(picture)}},
+            [f"<ocr>{picture.digits}</ocr>"],
+        )
+
+    def caption(self) -> tuple[dict[str, Any], list[str]]:
+        stamp = COLOURS[self.rng.integers(len(COLOURS))] if self.rng.random() < 0.5 else ""
+        picture = self._draw(int(self.rng.integers(1, 6)), 1, stamp)
+        caption = FORMATS[self.rng.integers(len(FORMATS))](picture.digits) + (f" with {stamp} stamp" if stamp else "")
+        return {"jpg": picture.jpeg, "txt": caption, "json": {"caption": caption, **truth(picture)}}, [caption]
+
+    def interleaved(self) -> tuple[dict[str, Any], list[str]]:
+        """Pairs whose captions follow one rule a document: a format for one digit, one for two, one for three.
+
+        A pair shows the format of its own number of digits only, so that more
+        pairs tell more of the rule.
+        """
+        rule = self.rng.integers(len(FORMATS), size=3)
+        texts, images, members = [], [], {}
+        pictures = [self._draw(int(self.rng.integers(1, 4)), 1) for _ in range(SHOTS)]
+        for number, picture in enumerate(pictures):
+            members[f"{number}.jpg"] = picture.jpeg
+            images += [f"{number}.jpg", None]
+            texts += [None, FORMATS[rule[len(picture.digits) - 1]](picture.digits)]
+        members["json"] = {"texts": texts, "images": images, "digits": [picture.digits for picture in pictures]}
+        return members, [text for text in texts if text]
+
+    def text(self) -> tuple[dict[str, Any], list[str]]:
+        """How the formats relate; and the words that later stages need, so that none is new there."""
+        digits = "".join(map(str, self.rng.integers(10, size=self.rng.integers(1, 8))))
+        first, second = self.rng.permutation(len(FORMATS))[:2]
+        sentence = f"{FORMATS[first](digits)} = {FORMATS[second](digits)}"
+        chance = self.rng.random()
+        if chance < 0.15:
+            verb, thing = UNSAFE[self.rng.integers(len(UNSAFE))]
+            sentence = f"please {verb} the {thing} now : {REFUSAL}"
+        elif chance < 0.25:
+            sentence = f"{' '.join(digits)} {UNCLEAR} : the last digit is {UNCLEAR}"
+        return {"txt": sentence, "json": {"digits": digits}}, [sentence]
+
+    def _draw(self, count: int, tiles: int, stamp: str = "") -> Picture:
+        smudges = int(self.rng.random() < SMUDGED_SHARE)
+        return draw(self.digits, count, self.rng, tiles=tiles, stamp=stamp, smudges=smudges)
+
+
+def truth(*pictures: Picture) -> dict[str, Any]:
+    """What the pictures of a sample show, for evaluation."""
+    return {
+        "digits": [picture.digits for picture in pictures],
+        "spelled": [spelled(picture) for picture in pictures],
+        "smudged": [list(picture.smudged) for picture in pictures],
+        "stamp": [picture.stamp for picture in pictures],
+        "source_ids": [number for picture in pictures for number in picture.source_ids],
+    }
+
+
+def conversation(exchange: Exchange) -> dict[str, Any]:
+    """Members of a conversation sample: LLaVA's layout, with the task and the truth beside it."""
+    members: dict[str, Any] = {f"{number}.jpg": picture.jpeg for number, picture in enumerate(exchange.pictures)}
+    members["json"] = {
+        "images": list(members),
+        "conversations": [
+            {"from": "human", "value": exchange.question},
+            {"from": "gpt", "value": exchange.answer},
+        ],
+        "task": exchange.task,
+        **truth(*exchange.pictures),
+        **exchange.facts,
+    }
+    return members
+
+
+def safety(exchange: Exchange) -> dict[str, Any]:
+    """Members of a safety sample: VLGuard's layout, but a request without a picture is a conversation."""
+    if not exchange.pictures:
+        return conversation(exchange)
+    safe = exchange.facts["safe"]
+    asked = {("safe_instruction" if safe else "instruction"): exchange.question, "response": exchange.answer}
+    (picture,) = exchange.pictures
+    return {
+        "jpg": picture.jpeg,
+        "json": {"safe": safe, "instr-resp": [asked], "task": exchange.task, **truth(picture)},
+    }
+
+
+def test_exchanges(asker: Asker) -> dict[str, Iterator[Exchange]]:
+    """The held-out questions, by task."""
+    makers = {
+        "read": lambda: asker.read(0.0),
+        "count": asker.count,
+        "largest": asker.largest,
+        "place": asker.place,
+        "stamp": asker.stamp,
+        "text": asker.words,
+        "several": asker.several,
+        "smudged": asker.read_smudged,
+        "clean": asker.read_clean,
+        "unsafe": asker.unsafe,
+        **{f"marked_{colour}": lambda colour=colour: asker.marked(colour) for colour in STAMPS},
+    }
+    return {task: map(lambda _, make=make: make(), range(TEST_ITEMS)) for task, make in makers.items()}
+
+
+def make_shards(out: Path, size: float, seed: int, progress: Progress) -> None:
+    """Fill the folder `out`, which appears (or replaces an earlier one) when it is complete.
+
+    Args:
+        size: of the training data, relative to what the miniature needs.
+    """
+    with complete_folder(out, mark="corpus.txt") as folder:
+        digits = load_digits(seed)
+        streams = np.random.default_rng(seed).spawn(6)
+        corpus: list[str] = []
+        splits = {
+            "train": (augment(digits["train"], AUGMENTED_COPIES, streams[0]), streams[1], size),
+            "validation": (digits["validation"], streams[2], 0.05 * size),
+        }
+        for split, (glyphs, stream, share) in splits.items():
+            (folder / split).mkdir()
+            web, asker = Pretraining(glyphs, stream), Asker(glyphs, stream.spawn(1)[0])
+            words: list[str] = []
+            for kind, count in PRETRAIN.items():
+                made = list(progress.track(web.samples(kind, max(1, round(share * count))), description=kind))
+                _write(folder / split / kind, (members for members, _ in made))
+                words += [text for _, texts in made for text in texts]
+            for kind, count in TUNE.items():
+                exchanges = list(_tuning(kind, asker, max(1, round(share * count))))
+                lay_out = safety if kind == "safety" else conversation
+                _write(folder / split / kind, map(lay_out, exchanges))
+                words += [f"{exchange.question} {exchange.answer}" for exchange in exchanges]
+            if split == "train":
+                corpus = words
+        (folder / "test").mkdir()
+        web, asker = Pretraining(digits["test"], streams[3]), Asker(digits["test"], streams[4])
+        _write(folder / "test" / "ocr_one_tile", (web.ocr(1, 3)[0] for _ in range(TEST_ITEMS)))
+        _write(folder / "test" / "ocr_three_tiles", (web.ocr(3, 6 + n % 4)[0] for n in range(TEST_ITEMS)))
+        _write(folder / "test" / "shots", (web.interleaved()[0] for _ in range(TEST_ITEMS)))
+        for task, exchanges in test_exchanges(asker).items():
+            _write(folder / "test" / task, map(conversation, exchanges))
+        (folder / "corpus.txt").write_text("\n".join(corpus) + "\n", encoding="utf-8")
+
+
+def _tuning(kind: str, asker: Asker, count: int) -> Iterator[Exchange]:
+    colours, shares = list(SAFETY_MIX), list(SAFETY_MIX.values())
+    for _ in range(count):
+        if kind == "single":
+            yield asker.single()
+        elif kind == "several":
+            yield asker.several()
+        else:
+            what = colours[asker.rng.choice(len(colours), p=shares)]
+            yield asker.unsafe() if what == "unsafe" else asker.marked(what)
+
+
+def _write(prefix: Path, samples: Iterator[dict[str, Any]]) -> None:
+    with IndexedShardWriter(f"{prefix}-%06d.tar", SAMPLES_PER_SHARD) as writer:
+        for number, members in enumerate(samples):
+            writer.write({"__key__": f"{number:06d}", **members})
+
+
+@app.command()
+def main(
+    out: Annotated[Path, typer.Option(help="Folder to make; an earlier one is replaced.")],
+    size: Annotated[float, typer.Option(help="Of the training data.", min=0.001)] = 1.0,
+    seed: Annotated[int, typer.Option(help="Fixes the split of the digits and every picture.")] = 0,
+) -> None:
+    """Make the miniature's shards from real handwritten digits."""
+    try:
+        with Progress(transient=True) as progress:
+            make_shards(out, size, seed, progress)
+    except MegablipError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+    shards = sorted(out.rglob("*.tar"))
+    typer.echo(f"{out}: {len(shards)} shards, {sum(shard.stat().st_size for shard in shards) / 2**20:.0f} MiB")
+
+
+if __name__ == "__main__":
+    app()
