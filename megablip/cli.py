@@ -25,6 +25,15 @@ class Weights(StrEnum):
     none = "none"
 
 
+class AskedTask(StrEnum):
+    """What `eval` asks: megablip.evaluate.tasks says more."""
+
+    reading = "reading"
+    conversation = "conversation"
+    safety = "safety"
+    shots = "shots"
+
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 convert_app = typer.Typer(no_args_is_help=True, help="Convert checkpoints.")
 app.add_typer(convert_app, name="convert")
@@ -90,12 +99,15 @@ def evaluate(
     shards: Annotated[str, typer.Argument(help="held-out shards: path, glob or braces")],
     output: Annotated[Path, typer.Option(help="folder for results.json and report.html")],
     run_dir: Annotated[Path | None, typer.Option(help="run whose loss curve the report shows")] = None,
-    limit: Annotated[int | None, typer.Option(help="images at most", min=1)] = None,
+    limit: Annotated[int | None, typer.Option(help="samples at most", min=1)] = None,
+    task: Annotated[
+        AskedTask, typer.Option(help="what is asked, and of which schema the shards are")
+    ] = AskedTask.reading,
 ) -> None:
-    """Read the text of held-out images by greedy generation; count exact matches."""
-    from megablip.evaluate.reading import evaluate_reading
+    """Ask an exported model about held-out samples, greedily; count exact matches and refusals."""
+    from megablip.evaluate.evaluation import evaluate
 
-    evaluate_reading(model, shards, output, run_dir=run_dir, limit=limit)
+    evaluate(model, shards, output, task.value, run_dir=run_dir, limit=limit)
 
 
 @app.command()

@@ -20,10 +20,10 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def make_ingredients(folder: Path) -> Path:
+def make_ingredients(folder: Path, chat: bool = False) -> Path:
     """folder/tokenizer, folder/tower and folder/model.yaml, for `megablip convert init`."""
     (folder / "corpus.txt").write_text("one two three\nfour five six\n" * 20)
-    train_tokenizer([folder / "corpus.txt"], folder / "tokenizer", 290)
+    train_tokenizer([folder / "corpus.txt"], folder / "tokenizer", 290 + 4 * chat, chat=chat)
     config = SiglipVisionConfig(
         hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=8, patch_size=4,
         vision_use_head=False,
@@ -33,9 +33,9 @@ def make_ingredients(folder: Path) -> Path:
     return folder
 
 
-def make_export(folder: Path) -> Path:
+def make_export(folder: Path, chat: bool = False) -> Path:
     """A folder that `from_pretrained` loads; its answers are noise."""
-    parts = make_ingredients(folder)
+    parts = make_ingredients(folder, chat)
     init_model(
         folder / "export", tower=parts / "tower", tokenizer=parts / "tokenizer", model=parts / "model.yaml", seed=0
     )

@@ -204,10 +204,8 @@ def main() -> None:
         answer = results["answers"][0]
         print(f"hello: image {answer['key']} shows '{answer['truth']}', the model read '{answer['answer']}'")
     else:
-        three = results["by_length"]["3"]
-        print(
-            f"demo: exact match {three['exact']:.3f} on {three['images']} held-out images in {demo.minutes():.1f} min"
-        )
+        three = results["groups"]["3"]
+        print(f"demo: exact match {three['exact']:.3f} on {three['items']} held-out images in {demo.minutes():.1f} min")
 
 
 if __name__ == "__main__":

@@ -85,6 +85,17 @@ class Encoder:
         """
         return self._row(document).finish()
 
+    def encode_prompt(self, document: Document) -> EncodedDocument:
+        """As `encode`, but left open: for a model to go on with.
+
+        After a conversation stands what opens the assistant's turn, after any
+        other document neither `<|endofchunk|>` nor eos.
+
+        Raises:
+            SampleError, ConfigError: as `encode`.
+        """
+        return self._row(document, is_open=True).finish()
+
     def measure(self, document: Document) -> tuple[int, int]:
         """(tokens, tiles) that `encode` would give, in less time.
 
@@ -132,17 +143,19 @@ class Encoder:
             preference=encoded.preference,
         )
 
-    def _row(self, document: Document) -> _Row:
+    def _row(self, document: Document, is_open: bool = False) -> _Row:
         row = _Row(document)
         if self.tokenizer.bos_id is not None:
             row.prefix([self.tokenizer.bos_id])
         if any(isinstance(segment, Text) and segment.role for segment in document.segments):
             self._encode_turns(document, row)
+            if is_open:
+                row.prefix(list(self.require_chat().opening["assistant"]))
         else:
-            self._encode_chunks(document, row)
+            self._encode_chunks(document, row, is_open)
         return row
 
-    def _encode_chunks(self, document: Document, row: _Row) -> None:
+    def _encode_chunks(self, document: Document, row: _Row, is_open: bool) -> None:
         previous: Text | None = None  # the text that the next image, or the end, would close
 
         def close_chunk() -> None:
@@ -157,8 +170,9 @@ class Encoder:
                 close_chunk()
                 previous = None
                 self._encode_image(segment.data, row)
-        close_chunk()
-        row.suffix([self.tokenizer.eos_id], loss=True)
+        if not is_open:
+            close_chunk()
+            row.suffix([self.tokenizer.eos_id], loss=True)
 
     def _encode_turns(self, document: Document, row: _Row) -> None:
         chat = self.require_chat()

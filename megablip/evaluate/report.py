@@ -17,23 +17,26 @@ def write_report(
     *,
     title: str,
     metrics: list[dict[str, Any]],
-    by_length: dict[str, dict[str, float]],
-    pictures: list[tuple[bytes, Any]],
+    group: str,
+    groups: dict[str, dict[str, float]],
+    pictures: list[tuple[bytes | None, Any]],
 ) -> None:
     """Write one self-contained HTML file.
 
     Args:
         metrics: points with `tokens_seen` and `loss`; empty for a page without a curve.
-        by_length: what evaluate.reading.summarize returns.
-        pictures: image files' bytes, each with its answer.
+        group: what the groups are told apart by.
+        groups: what evaluate.evaluation.summarize returns.
+        pictures: image files' bytes, each with its answer; None for an answer without an image.
     """
     write_page(
         path,
         "report.html.j2",
         title=title,
         curve=_curve([(point["tokens_seen"], point["loss"]) for point in metrics]),
-        by_length=by_length,
-        pictures=[(base64.b64encode(data).decode(), answer) for data, answer in pictures],
+        group=group,
+        groups=groups,
+        pictures=[(data and base64.b64encode(data).decode(), answer) for data, answer in pictures],
         width=WIDTH,
         height=HEIGHT,
     )

@@ -113,6 +113,21 @@ def test_tokens_and_labels(encoder, segments, ids, labels, starts):
     assert encoded.input_ids.dtype == encoded.labels.dtype == encoded.segment_starts.dtype == np.int32
 
 
+@pytest.mark.parametrize(
+    ("segments", "ids"),
+    [
+        ((user("1"), image()), "[Un1IIIIIIIII!nAn"),
+        ((user("1"), assistant("2"), user("3")), "[Un1!nAn2!nUn3!nAn"),
+        ((image(), Text("1"), image()), "[IIIIIIIII1EIIIIIIIII"),
+        ((Text("1"),), "[1"),
+    ],
+)
+def test_a_prompt_is_left_open(encoder, segments, ids):
+    encoded = encoder.encode_prompt(document(*segments))
+    assert readable(encoder, encoded.input_ids) == ids
+    assert len(encoded.labels) == len(encoded.input_ids)
+
+
 def test_every_visual_token_has_a_place(encoder):
     encoded = encoder.encode(document(Text("a"), image(32, 16), Text("b"), image(16, 32), Text("c")))
     decoded = encoder.decode(encoded, source_index=4)

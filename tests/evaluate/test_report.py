@@ -9,8 +9,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from megablip.evaluate.reading import Answer
 from megablip.evaluate.report import HEIGHT, WIDTH, write_report
+from megablip.evaluate.tasks import Answer
 
 HOSTILE = "</figcaption><script>alert(1)</script>\" onerror='alert(2)' &amp;"
 
@@ -31,9 +31,9 @@ class Tags(HTMLParser):
         self.text += data
 
 
-def page(tmp_path, *, title="t", metrics=(), by_length=None, pictures=()):
+def page(tmp_path, *, title="t", metrics=(), groups=None, pictures=()):
     path = tmp_path / "report.html"
-    write_report(path, title=title, metrics=list(metrics), by_length=by_length or {}, pictures=list(pictures))
+    write_report(path, title=title, metrics=list(metrics), group="kind", groups=groups or {}, pictures=list(pictures))
     return path.read_text(encoding="utf-8")
 
 
@@ -73,8 +73,8 @@ def test_nothing_is_loaded_from_elsewhere(tmp_path):
 
 
 def test_the_table(tmp_path):
-    text = page(tmp_path, by_length={"3": {"images": 12, "exact": 0.25, "characters": 0.5}})
-    assert re.findall(r"<td>([^<]*)</td>", text) == ["3", "12", "0.250", "0.500"]
+    text = page(tmp_path, groups={"3": {"items": 12, "exact": 0.25, "characters": 0.5, "refused": 0.0}})
+    assert re.findall(r"<td>([^<]*)</td>", text) == ["3", "12", "0.250", "0.500", "0.000"]
 
 
 def test_the_curve_fills_its_box(tmp_path):
