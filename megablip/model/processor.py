@@ -5,53 +5,29 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from PIL import Image, ImageOps
+from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 from transformers.image_utils import load_image
 
+from megablip.chat import PHI3_TEMPLATE
 from megablip.data.images import choose_grid, image_size, make_tiles
 from megablip.errors import ConfigError, SampleError
 from megablip.records import VisualLayout
 from megablip.tokens import CHAT_TOKENS, END_OF_CHUNK_TOKEN, IMAGE_TOKEN, PAD_TOKEN
 
-_MARKERS = (IMAGE_TOKEN, END_OF_CHUNK_TOKEN, *CHAT_TOKENS.values())
-
-# Put into a marker that stands in the text of a message (a private-use character), it makes it text.
-_GUARD = "\U000f0000"
-
-# Phi-3's format, as data.encode lays out conversations.
-CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-    {%- if message['role'] not in ('system', 'user', 'assistant') -%}
-        {{- raise_exception('a message has the role ' ~ message['role'] ~ ', not system, user or assistant') -}}
-    {%- endif -%}
-    {{- '<|' + message['role'] + '|>\n' -}}
-    {%- if message['content'] is string -%}
-        {{- message['content'] -}}
-    {%- else -%}
-        {%- for part in message['content'] -%}
-            {%- if part['type'] == 'image' -%}
-                {{- '<image>' -}}
-            {%- elif part['type'] == 'text' -%}
-                {{- part['text'] -}}
-            {%- else -%}
-                {{- raise_exception('a message has a part of the type ' ~ part['type'] ~ ', not text or image') -}}
-            {%- endif -%}
-        {%- endfor -%}
-    {%- endif -%}
-    {{- '<|end|>\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- '<|assistant|>\n' -}}
-{%- endif -%}
-"""
+# Around the text of a message (private-use characters), to tell it from what the template writes.
+_OPEN, _CLOSE = "\U000f0000", "\U000f0001"
+_MARKED = re.compile(f"{_OPEN}(.*?){_CLOSE}", re.DOTALL)
 
 # What PNG can hold of Pillow's modes; others become RGB.
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
@@ -61,17 +37,18 @@ class Blip3Processor(ProcessorMixin):
     """Tokenizer and tile maker of one model.
 
     In a prompt, `<image>` stands for one image and becomes as many ids as it has
-    visual tokens; `<|endofchunk|>`, and the tokens of Phi-3's chat format where the
-    tokenizer has them, become their ids.  All else is encoded as data workers encode
-    documents: no other control token can be written in text.
+    visual tokens; `<|endofchunk|>` and the control tokens that the chat template
+    writes become their ids.  All else is encoded as data workers encode documents:
+    no other control token can be written in text.
 
     `apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)`
-    goes from messages, images among them, to the model's inputs.  There no text of a
-    message can be a control token.
+    goes from messages, images among them, to the model's inputs: the ids that training
+    gives the same conversation.  There no text of a message can be a control token.
 
     Args:
         tokenizer: a Hugging Face tokenizer with these tokens and `<pad>`.
-        chat_template: in Jinja; by default Phi-3's, if the tokenizer has its tokens.
+        chat_template: in Jinja, for messages of plain text; by default the tokenizer's, or
+            Phi-3's if the tokenizer has its tokens.
         tile_size, patch_size, tokens_per_tile, grids, grid_rule: the model's VisualLayout.
     """
 
@@ -85,8 +62,9 @@ class Blip3Processor(ProcessorMixin):
         grid_rule: str = "released",
         chat_template: str | None = None,
     ):
-        if chat_template is None and tokenizer is not None and _can_chat(tokenizer):
-            chat_template = CHAT_TEMPLATE
+        if chat_template is None and tokenizer is not None:
+            has_phi3s = set(CHAT_TOKENS.values()) <= tokenizer.get_vocab().keys()
+            chat_template = tokenizer.chat_template or (PHI3_TEMPLATE if has_phi3s else None)
         super().__init__(tokenizer, chat_template=chat_template)
         self.tile_size, self.patch_size, self.tokens_per_tile = tile_size, patch_size, tokens_per_tile
         self.grids = [list(grid) for grid in grids]
@@ -138,7 +116,7 @@ class Blip3Processor(ProcessorMixin):
                 raise ConfigError(f"{name} is {value!r}", remedy=f"use {only[0]!r}, the only kind there is")
         prompts = [text] if isinstance(text, str) else list(text)
         images = _flatten(prompts, images)
-        layout, ids = self.layout, self._marker_ids()
+        layout, markers = self.layout, self._markers()
 
         # Empty starts give the right shapes to a batch without images.
         tiles = [np.zeros((0, 3, layout.tile_size, layout.tile_size), dtype=np.uint8)]
@@ -155,8 +133,7 @@ class Blip3Processor(ProcessorMixin):
             masks.append(image_mask)
 
         remaining = iter(grids)
-        bos = [] if self.tokenizer.bos_token_id is None or not add_special_tokens else [self.tokenizer.bos_token_id]
-        rows = [bos + self._encode(prompt, ids, remaining) for prompt in prompts]
+        rows = [self._encode(prompt, markers, remaining, add_special_tokens) for prompt in prompts]
         length = max(len(row) for row in rows)
         input_ids = torch.full((len(rows), length), self.tokenizer.convert_tokens_to_ids(PAD_TOKEN), dtype=torch.int64)
         attention_mask = torch.zeros_like(input_ids)
@@ -173,60 +150,112 @@ class Blip3Processor(ProcessorMixin):
             }
         )
 
-    def apply_chat_template(self, conversation, *args, tokenize: bool = False, **kwargs):
-        """As any processor's; see the class.  Without `tokenize` it is the prompt as text, for `__call__`."""
-        if tokenize:
-            kwargs.pop("sanitize_control_tokens", None)  # so it is, always
-            conversation = _guarded(conversation)
-        return super().apply_chat_template(conversation, *args, tokenize=tokenize, **kwargs)
+    def apply_chat_template(
+        self,
+        conversation: list[Any],
+        chat_template: str | None = None,
+        *,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        return_tensors: str = "pt",
+        processor_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> str | list[str] | Tensor | BatchFeature:
+        """Messages, or a batch of them, to a prompt for `__call__`, or with `tokenize` to what that returns.
 
-    def _encode(self, prompt: str, ids: dict[str, int], grids: Iterator[tuple[int, int]]) -> list[int]:
+        Args:
+            conversation: messages `{"role": ..., "content": ...}`; a content is text, or a list of
+                `{"type": "text", "text": ...}` and `{"type": "image", "image": ...}`, where an image is what
+                `__call__` takes, under the key image, url, path, base64 or image_url.
+            return_dict: with `tokenize`, all inputs of the model; else the ids alone.
+            kwargs: for the template, such as `add_generation_prompt`.
+
+        Raises:
+            ConfigError: a part of a message is neither text nor image, or the template takes texts apart.
+        """
+        batched = len(conversation) > 0 and isinstance(conversation[0], list | tuple)
+        images: list[list[Any]] = []
+        plain = []
+        for messages in conversation if batched else [conversation]:
+            images.append([])
+            plain.append([message | {"content": _plain(message, images[-1], mark=tokenize)} for message in messages])
+        prompts = super().apply_chat_template(plain, chat_template, tokenize=False, **kwargs)
+        if not tokenize:
+            return prompts if batched else prompts[0]
+        inputs = self(prompts, images, return_tensors=return_tensors, **processor_kwargs or {})
+        return inputs if return_dict else inputs["input_ids"]
+
+    def _encode(
+        self, prompt: str, markers: dict[str, int], grids: Iterator[tuple[int, int]], add_special_tokens: bool
+    ) -> list[int]:
         """Ids of one prompt; takes a grid from `grids` for each of its images."""
-        turns = {ids[token] for token in CHAT_TOKENS.values() if token in ids}
-        row: list[int] = []
-        for piece in re.split(f"({_any_of(ids)})", prompt):
-            if piece == IMAGE_TOKEN:
-                row += [ids[IMAGE_TOKEN]] * (self.layout.tiles(next(grids)) * self.tokens_per_tile)
-            elif piece in ids:
-                row.append(ids[piece])
-            else:  # the end of the line of a turn's token is encoded by itself, as in training
-                line_end = "\n" if piece.startswith("\n") and row and row[-1] in turns else ""
-                row += self._encode_text(line_end)
-                row += self._encode_text(piece.removeprefix(line_end).replace(_GUARD, ""))
+        bos = self.tokenizer.bos_token_id
+        row = [] if bos is None or not add_special_tokens else [bos]
+        for number, piece in enumerate(_MARKED.split(prompt)):
+            if number % 2:
+                row += self._encode_text(piece)
+                continue
+            if _OPEN in piece or _CLOSE in piece:
+                raise ConfigError("the chat template takes the text of a message apart", remedy="write a plain one")
+            for part in re.split(f"({'|'.join(map(re.escape, markers))})", piece):
+                if part == IMAGE_TOKEN:
+                    row += [markers[IMAGE_TOKEN]] * (self.layout.tiles(next(grids)) * self.tokens_per_tile)
+                elif part not in markers:
+                    # A line's end after a control token belongs to it, and is encoded with it in training.
+                    end = "\n" if part.startswith("\n") and row and row[-1] in markers.values() else ""
+                    row += self._encode_text(end) + self._encode_text(part.removeprefix(end))
+                elif markers[part] != bos or row != [bos]:  # of two bos at the start the template wrote one
+                    row.append(markers[part])
         return row
 
     def _encode_text(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] if text else []
 
-    def _marker_ids(self) -> dict[str, int]:
-        """Ids of what stands for itself in a prompt."""
+    def _markers(self) -> dict[str, int]:
+        """What stands for itself in a prompt, longest first, and its ids."""
         vocabulary = self.tokenizer.get_vocab()
         for token in (IMAGE_TOKEN, END_OF_CHUNK_TOKEN, PAD_TOKEN):
             if token not in vocabulary:
                 raise ConfigError(f"the tokenizer has no {token}", where=str(self.tokenizer.name_or_path))
-        markers = _MARKERS if _can_chat(self.tokenizer) else (IMAGE_TOKEN, END_OF_CHUNK_TOKEN)
-        return {token: vocabulary[token] for token in markers}
+        tokens = {IMAGE_TOKEN, END_OF_CHUNK_TOKEN, *self._template_tokens()}
+        return {token: vocabulary[token] for token in sorted(tokens, key=len, reverse=True)}
+
+    def _template_tokens(self) -> set[str]:
+        """Control tokens that the chat template writes."""
+        if self.chat_template is None:
+            return set()
+        special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        found: set[str] = set()
+        for roles in (("user", "assistant"), ("system", "user")):  # some templates refuse the system's turn
+            with suppress(TemplateError):
+                messages = [{"role": role, "content": ""} for role in roles]
+                text = super().apply_chat_template(messages, add_generation_prompt=True)
+                found |= {token for token in special if token in text}
+        return found
 
 
-def _can_chat(tokenizer) -> bool:
-    return set(CHAT_TOKENS.values()) <= tokenizer.get_vocab().keys()
+def _plain(message: dict[str, Any], images: list[Any], mark: bool) -> str:
+    """A message's content as text; its images are appended to `images`.
 
-
-def _any_of(tokens: Iterable[str]) -> str:
-    """A pattern of any of them."""
-    return "|".join(map(re.escape, tokens))
-
-
-def _guarded(content: Any) -> Any:
-    """Messages whose texts hold no marker any more; those of the template stay what they are."""
-    if isinstance(content, str):
-        return re.sub(_any_of(_MARKERS), lambda match: match[0][0] + _GUARD + match[0][1:], content.replace(_GUARD, ""))
-    if isinstance(content, dict):
-        texts = {key: _guarded(content[key]) for key in ("content", "text") if key in content}
-        return content | texts
-    if isinstance(content, list | tuple):
-        return [_guarded(part) for part in content]
-    return content
+    Args:
+        mark: put each text between _OPEN and _CLOSE.
+    """
+    parts = message["content"]
+    text = ""
+    for part in [{"type": "text", "text": parts}] if isinstance(parts, str) else parts:
+        if part["type"] == "text":
+            own = part["text"].replace(_OPEN, "").replace(_CLOSE, "")
+            text += f"{_OPEN}{own}{_CLOSE}" if mark else own
+        elif part["type"] in ("image", "image_url"):
+            text += IMAGE_TOKEN
+            images += [part[key] for key in ("image", "url", "path", "base64") if key in part]
+            if "image_url" in part:
+                images.append(part["image_url"]["url"])
+        else:
+            raise ConfigError(
+                f"a message has a part of the type {part['type']}", where="content", remedy="give text and images only"
+            )
+    return text
 
 
 def _flatten(prompts: list[str], images: Any) -> list[Any]:
@@ -235,7 +264,7 @@ def _flatten(prompts: list[str], images: Any) -> list[Any]:
         images = []
     elif not isinstance(images, list | tuple):
         images = [images]
-    wanted = [prompt.count(IMAGE_TOKEN) for prompt in prompts]
+    wanted = [_MARKED.sub("", prompt).count(IMAGE_TOKEN) for prompt in prompts]
     nested = len(images) > 0 and all(isinstance(row, list | tuple) for row in images)
     given = [len(row) for row in images] if nested else [len(images)]
     if given != (wanted if nested else [sum(wanted)]):
