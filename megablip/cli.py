@@ -34,6 +34,11 @@ class AskedTask(StrEnum):
     shots = "shots"
 
 
+Dtype = Annotated[str, typer.Option(help="fp32, bf16 or fp16")]
+RemoteCode = Annotated[
+    bool, typer.Option("--remote-code", help="add the model's code: loads without megablip by trust_remote_code=True")
+]
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 convert_app = typer.Typer(no_args_is_help=True, help="Convert checkpoints.")
 app.add_typer(convert_app, name="convert")
@@ -58,13 +63,14 @@ def train(
 def zero_to_hf(
     source: Annotated[Path, typer.Argument(help="run directory, one of its checkpoints, or one that DeepSpeed saved")],
     output: Annotated[Path, typer.Argument(help="folder to write")],
-    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "fp32",
+    dtype: Dtype = "fp32",
+    remote_code: RemoteCode = False,
     like: Annotated[
         Path | None, typer.Option(help="for DeepSpeed's files: folder of the model with config and frozen weights")
     ] = None,
     strip_prefix: Annotated[str, typer.Option(help="for DeepSpeed's files: what their names begin with")] = "",
 ) -> None:
-    """Turn a checkpoint into Hugging Face weights, config and tokenizer."""
+    """Turn a checkpoint into Hugging Face weights, config and tokenizer; adapters are merged."""
     from megablip.checkpoint.deepspeed_files import is_deepspeed
 
     if is_deepspeed(source):
@@ -74,9 +80,23 @@ def zero_to_hf(
         return
     if like or strip_prefix:
         raise typer.BadParameter("--like and --strip-prefix are for checkpoints that DeepSpeed saved")
-    from megablip.checkpoint.convert import zero_to_hf
+    from megablip.convert.to_hf import zero_to_hf
 
-    zero_to_hf(source, output, dtype)
+    zero_to_hf(source, output, dtype, remote_code)
+
+
+@convert_app.command("merge-lora")
+def merge_lora(
+    adapter: Annotated[Path, typer.Argument(help="folder that peft has saved")],
+    base: Annotated[Path, typer.Argument(help="Hugging Face folder that the adapter was trained on")],
+    output: Annotated[Path, typer.Argument(help="folder to write")],
+    dtype: Dtype = "fp32",
+    remote_code: RemoteCode = False,
+) -> None:
+    """Add a LoRA adapter to the weights of its base."""
+    from megablip.convert.lora import merge_lora
+
+    merge_lora(adapter, base, output, dtype, remote_code)
 
 
 @convert_app.command("init")
@@ -88,7 +108,7 @@ def init(
     seed: int = 0,
 ) -> None:
     """Make the folder a stage starts from: a given tower, the rest random."""
-    from megablip.checkpoint.convert import init_model
+    from megablip.convert.init import init_model
 
     init_model(output, tower=tower, tokenizer=tokenizer, model=model, seed=seed)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from megablip.checkpoint.convert import init_model
+from megablip.convert.init import init_model
 from tokenization.train import train_tokenizer
 
 SETTINGS = {

@@ -23,6 +23,7 @@ ORDER = [
     {"model"},
     {"engine"},
     {"checkpoint"},
+    {"convert"},
     {"metrics"},
     {"evaluate", "replay"},
     {"doctor", "launch", "train", "cli"},

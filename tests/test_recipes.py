@@ -11,8 +11,8 @@ import yaml
 from deepspeed.runtime.config import DeepSpeedConfig
 from transformers import AutoConfig, SiglipVisionConfig
 
-from megablip.checkpoint.convert import _read_settings
 from megablip.config import EngineConfig, load_config
+from megablip.convert.init import _read_settings
 from megablip.engine.ds_config import complete_ds_config
 from megablip.engine.topology import Topology
 from megablip.errors import ConfigError

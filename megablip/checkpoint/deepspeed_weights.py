@@ -9,11 +9,10 @@ from pathlib import Path
 
 import torch
 
-from megablip.checkpoint.convert import DTYPES
 from megablip.checkpoint.deepspeed_files import Fragment, TrainingState, read_zero
 from megablip.checkpoint.export import ExportReader
-from megablip.checkpoint.writer import CHUNK, ShardWriter, new_folder
-from megablip.errors import CheckpointError, ConfigError
+from megablip.checkpoint.writer import CHUNK, ShardWriter, new_folder, precision
+from megablip.errors import CheckpointError
 from megablip.records import MASTER
 
 MODEL_FILES = (".json", ".model", ".jinja")
@@ -87,15 +86,14 @@ def zero_files_to_hf(
         CheckpointError: no such checkpoint, damaged or mixed files, or the model of `like` is another one.
         ConfigError: unknown dtype, or `output` exists.
     """
-    if dtype not in DTYPES:
-        raise ConfigError(f"unknown dtype '{dtype}'", where="--dtype", remedy=f"one of {', '.join(DTYPES)}")
+    torch_dtype = precision(dtype)
     weights = DeepSpeedWeights(read_zero(source), strip_prefix)
     base = ExportReader(like) if like else None
     shapes = dict(weights.shapes)
     if base:
         shapes = {name: base.shape(name) for name in base.names}
         _check_fit(weights, base)
-    dtypes = dict.fromkeys(shapes, DTYPES[dtype])
+    dtypes = dict.fromkeys(shapes, torch_dtype)
     dtypes |= {name: own for name, own in weights.dtypes.items() if name in shapes and not own.is_floating_point}
     with new_folder(output) as staging:
         if like:

@@ -35,6 +35,9 @@ from megablip.errors import CheckpointError, ConfigError
 SHARD_BYTES = 5 * 10**9  # what transformers writes by default
 CHUNK = 1 << 20  # elements that are cast at once; bounds the memory
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""What weights are written in."""
+
 _SYNC_BYTES = 256 * 2**20
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -66,6 +69,13 @@ class _Place:
         return None if reached == self.numel else f"elements {reached} to {self.numel} were never written"
 
 
+def precision(name: str) -> torch.dtype:
+    """Raises ConfigError for what is not fp32, bf16 or fp16."""
+    if name not in PRECISIONS:
+        raise ConfigError(f"unknown dtype '{name}'", where="--dtype", remedy=f"one of {', '.join(PRECISIONS)}")
+    return PRECISIONS[name]
+
+
 class ShardWriter:
     """Writes `model.safetensors`, or files of at most `shard_bytes` and their index.
 
@@ -88,13 +98,16 @@ class ShardWriter:
         shapes: Mapping[str, tuple[int, ...]],
         dtype: torch.dtype | Mapping[str, torch.dtype],
         *,
-        shard_bytes: int = SHARD_BYTES,
+        shard_bytes: int | None = None,
         title: str = "converting",
     ):
         dtypes = dict.fromkeys(shapes, dtype) if isinstance(dtype, torch.dtype) else dtype
         # The largest dtype first within a file keeps every tensor aligned.
         sizes = {name: math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
-        shards = [sorted(shard, key=lambda name: (-dtypes[name].itemsize, name)) for shard in _plan(sizes, shard_bytes)]
+        shards = [
+            sorted(shard, key=lambda name: (-dtypes[name].itemsize, name))
+            for shard in _plan(sizes, shard_bytes or SHARD_BYTES)
+        ]
         self._folder = folder
         self.total_bytes = sum(sizes.values())
         free = shutil.disk_usage(folder).free

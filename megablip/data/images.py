@@ -24,11 +24,15 @@ import struct
 from contextlib import contextmanager
 
 import numpy as np
-import simplejpeg
 from PIL import Image
 
 from megablip.errors import SampleError
 from megablip.records import VisualLayout
+
+try:
+    import simplejpeg
+except ImportError:  # megablip requires it; code that goes with an export does with Pillow, which is slower
+    simplejpeg = None
 
 # What crawls hold. Others of Pillow's formats are rare or hostile (EPS starts Ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP")
@@ -271,6 +275,8 @@ def _exif_orientation(exif: bytes) -> int:
 
 def _decode_jpeg(data: bytes, width: int, height: int, at_least: tuple[int, int] | None) -> np.ndarray | None:
     """uint8[height, width, 3] as stored, or smaller; None where libjpeg-turbo has an objection."""
+    if simplejpeg is None:
+        return None
     scaled = {}
     if at_least:
         # Other factors that libjpeg has, such as 7/8, are slower than none.

@@ -8,7 +8,7 @@ Importing this module registers it with transformers' Auto classes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,6 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
-from megablip.config import ModelConfig
 from megablip.errors import ConfigError, PackingError
 from megablip.model.decoder import build_decoder
 from megablip.model.layout import layout_from_config
@@ -36,6 +35,9 @@ from megablip.model.processor import Blip3Processor
 from megablip.model.samplers import PerceiverResampler, regroup_released
 from megablip.model.vision import build_tower, encode_tiles, freeze, tower_config, tower_features
 from megablip.records import IGNORE_LABEL, MicroBatch, VisualLayout
+
+if TYPE_CHECKING:
+    from megablip.config import ModelConfig
 
 # The released model (arXiv 2408.08872 v1): sizes of its parts and its tile templates.
 _PHI3_MINI_4K = {"sliding_window": 2047, "pad_token_id": 32011}

@@ -9,11 +9,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from megablip.config import ModelConfig
 from megablip.errors import ConfigError
 from megablip.records import VisualLayout
+
+if TYPE_CHECKING:
+    from megablip.config import ModelConfig
 
 
 def read_layout(model: ModelConfig) -> VisualLayout:

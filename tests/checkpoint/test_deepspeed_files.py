@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megablip.checkpoint.convert import DTYPES
 from megablip.checkpoint.deepspeed_files import is_deepspeed, read_zero
 from megablip.checkpoint.deepspeed_weights import DeepSpeedWeights, zero_files_to_hf
+from megablip.checkpoint.writer import PRECISIONS
 from megablip.errors import CheckpointError, ConfigError
 from megablip.records import MASTER, MOMENTS
 from tests.checkpoint.deepspeed_side import GROUPS, STEPS
@@ -88,7 +88,7 @@ def check_export(folder, output, dtype, *, frozen=True):
     for key, value in load_file(folder / "expected.safetensors").items():
         name, _, kind = key.partition("|")
         if kind in (MASTER, "buffer") or (kind == "frozen" and frozen):
-            expected[name] = value.to(DTYPES[dtype]) if value.is_floating_point() else value
+            expected[name] = value.to(PRECISIONS[dtype]) if value.is_floating_point() else value
     assert written.keys() == expected.keys()
     for name, value in expected.items():
         assert written[name].dtype == value.dtype

@@ -1,31 +1,30 @@
-"""Checkpoints to Hugging Face folders, and the folder a run starts from."""
+"""Committed checkpoints to Hugging Face folders."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import yaml
-from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText
 
-from megablip.checkpoint import convert
+from megablip.checkpoint import writer
 from megablip.checkpoint.commit import CheckpointStore
-from megablip.checkpoint.convert import init_model, zero_to_hf
 from megablip.checkpoint.export import ExportReader
 from megablip.checkpoint.slices import write_slices
 from megablip.config import dump_config, parse_config
+from megablip.convert.to_hf import zero_to_hf
 from megablip.errors import CheckpointError, ConfigError
 from megablip.model.blip3 import Blip3ForConditionalGeneration
 from megablip.records import MASTER, LocalSlice
 from tests.checkpoint.alone import Alone
 from tests.minimal import RECIPE
 from tests.model.tiny import tiny_config, tiny_model
-from tests.small_export import SETTINGS, make_ingredients
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +64,12 @@ def make_run(folder, start, weights, **model):
         for name, value in weights.items()
     ]
     base = {"model": ExportReader(start).hash(), "tokenizer": "t"}
+    trainer_state = {"base": base, "config": config.model_dump(mode="json", by_alias=True)}
     CheckpointStore(folder / "checkpoints", 2, Alone()).save(
-        3, lambda path: write_slices(path, slices, {}), {0: np.zeros(1)}, {"base": base}
+        3,
+        lambda path: write_slices(path, slices, {}),
+        {0: np.zeros(1)},
+        trainer_state,
     )
     return folder
 
@@ -120,13 +123,13 @@ def test_the_grids_of_the_stage_are_those_of_the_export(tmp_path, start, trained
 
 def test_one_checkpoint_can_be_named_by_a_relative_path(tmp_path, run_dir, monkeypatch):
     monkeypatch.chdir(run_dir / "checkpoints" / "step_00000003")
-    zero_to_hf(convert.Path("."), tmp_path / "out")
+    zero_to_hf(Path("."), tmp_path / "out")
     assert (tmp_path / "out" / "config.json").exists()
 
 
 def test_a_large_model_is_written_in_several_files(tmp_path, run_dir, monkeypatch):
     zero_to_hf(run_dir, tmp_path / "one")
-    monkeypatch.setattr(convert, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(writer, "SHARD_BYTES", 20_000)
     zero_to_hf(run_dir, tmp_path / "many")
     files = list((tmp_path / "many").glob("model-*.safetensors"))
     index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
@@ -204,87 +207,13 @@ def test_a_run_without_checkpoint_is_named(tmp_path):
 
 
 def test_a_disk_that_is_full_leaves_no_output(tmp_path, run_dir, monkeypatch):
-    def fail(*args, **kwargs):
+    def fail(*_):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(convert, "save_file", fail)
+        patch.setattr(os, "pwrite", fail)
         with pytest.raises(CheckpointError, match="No space left on device") as caught:
             zero_to_hf(run_dir, tmp_path / "out")
     assert "free space" in caught.value.remedy
     assert not list(tmp_path.glob("out*"))
     zero_to_hf(run_dir, tmp_path / "out")
-
-
-def test_the_output_appears_when_it_is_whole_and_a_killed_attempt_does_not_hinder(tmp_path, run_dir, monkeypatch):
-    output, real = tmp_path / "out", convert.save_file
-    (tmp_path / "out.tmp").mkdir()
-    (tmp_path / "out.tmp" / "model-00001-of-00002.safetensors").write_bytes(b"half")
-
-    def watch(*args, **kwargs):
-        assert not output.exists()
-        real(*args, **kwargs)
-        assert not output.exists()
-
-    monkeypatch.setattr(convert, "save_file", watch)
-    zero_to_hf(run_dir, output)
-    assert [path.name for path in output.glob("*.safetensors")] == ["model.safetensors"]
-    assert not (tmp_path / "out.tmp").exists()
-
-
-@pytest.fixture(scope="module")
-def ingredients(tmp_path_factory):
-    return make_ingredients(tmp_path_factory.mktemp("ingredients"))
-
-
-def init(ingredients, output, settings=SETTINGS, seed=0, **changes):
-    model = output.with_suffix(".yaml")
-    model.write_text(settings if isinstance(settings, str) else yaml.safe_dump(settings))
-    paths = {"tower": ingredients / "tower", "tokenizer": ingredients / "tokenizer", "model": model}
-    init_model(output, **paths | changes, seed=seed)
-    return output
-
-
-def test_init_makes_a_folder_that_loads(tmp_path, ingredients):
-    output = init(ingredients, tmp_path / "start", seed=5)
-    model = AutoModelForImageTextToText.from_pretrained(output)
-    processor = AutoProcessor.from_pretrained(output)
-    tower = load_file(ingredients / "tower" / "model.safetensors")
-    for name, value in model.vision_tower.state_dict().items():
-        assert torch.equal(value, tower[name]), name
-    ids = processor(text=["<image>one two"], images=[Image.new("RGB", (16, 9))])["input_ids"]
-    assert int(ids.max()) < model.config.text_config.vocab_size
-    assert (ids == model.config.image_token_id).sum() % SETTINGS["sampler"]["num_latents"] == 0
-    assert model.config.text_config.vocab_size == len(processor.tokenizer)
-
-
-def test_init_depends_on_its_seed_alone(tmp_path, ingredients):
-    hashes = [ExportReader(init(ingredients, tmp_path / str(n), seed=seed)).hash() for n, seed in enumerate((1, 1, 2))]
-    assert hashes[0] == hashes[1] != hashes[2]
-
-
-def test_init_names_what_is_missing(tmp_path, ingredients):
-    for what in ("tower", "tokenizer", "model"):
-        with pytest.raises(ConfigError, match="does not exist") as caught:
-            init(ingredients, tmp_path / what, **{what: tmp_path / "no"})
-        assert str(tmp_path / "no") in caught.value.where
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ("a: [", "no YAML"),
-        ("- 1", "decoder and sampler"),
-        (yaml.safe_dump({"decoder": {}, "sampler": {}}), "decoder and sampler"),
-        (yaml.safe_dump(SETTINGS | {"decoder": 5}), "decoder and sampler"),
-        (yaml.safe_dump(SETTINGS | {"decoder": {"hidden_size": 8}}), "no model"),
-        (yaml.safe_dump(SETTINGS | {"decoder": {"model_type": "phi9"}}), "phi9"),
-        (yaml.safe_dump(SETTINGS | {"decoder": SETTINGS["decoder"] | {"hidden_size": "x"}}), "hidden_size"),
-        (yaml.safe_dump(SETTINGS | {"grids": [[1]]}), "no model"),
-    ],
-)
-def test_init_refuses_settings_that_make_no_model(tmp_path, ingredients, settings, words):
-    with pytest.raises(ConfigError, match=words) as caught:
-        init(ingredients, tmp_path / "start", settings)
-    assert str(tmp_path / "start.yaml") in caught.value.where
-    assert not (tmp_path / "start").exists()

@@ -1,0 +1,126 @@
+"""Whole models out of committed checkpoints: trained weights from the ranks, frozen ones from where the run began."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megablip.checkpoint.commit import Checkpoint, config_of, newest_committed, open_checkpoint
+from megablip.checkpoint.export import VISION_TOWER, ExportReader
+from megablip.checkpoint.slices import SliceReader
+from megablip.checkpoint.tensors import TensorSource
+from megablip.config import ModelConfig
+from megablip.convert.lora import Adapter, Merged
+from megablip.convert.sources import Joined
+from megablip.errors import CheckpointError
+
+_A, _B = ".lora_A.default.weight", ".lora_B.default.weight"
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A committed checkpoint as a whole model, adapters merged.
+
+    Attributes:
+        start: the export that the run began with.
+        weights: all tensors of the export, under its names; fp32 where they were trained.
+    """
+
+    folder: Path
+    start: ExportReader
+    model: ModelConfig
+    weights: TensorSource
+
+    @property
+    def config_changes(self) -> dict[str, Any]:
+        """Keys of config.json that the stage has set."""
+        return {} if self.model.grids is None else {"grids": self.model.grids}
+
+    def verify(self) -> Checkpoint:
+        """Hash every file that the weights come from.
+
+        Raises:
+            CheckpointError: one is not what it was when the checkpoint was made.
+        """
+        checkpoint = open_checkpoint(self.folder)
+        if self.start.hash() != checkpoint.trainer_state["base"]["model"]:
+            raise CheckpointError(
+                "the frozen weights are no longer those the run began with",
+                where=str(self.start.where),
+                remedy="restore the folder; its hash stands in trainer_state.json",
+            )
+        return checkpoint
+
+
+def open_trained(source: Path) -> TrainedModel:
+    """The model of a checkpoint; nothing is hashed yet.
+
+    Args:
+        source: a run directory (its newest checkpoint) or one checkpoint's folder.
+
+    Raises:
+        CheckpointError: nothing committed, or weights that don't fit the model the run began with.
+    """
+    source = source.resolve()
+    folder = source if (source / "COMMITTED").exists() else newest_committed(source)
+    model = config_of(folder).model
+    start, trained = ExportReader(model.path), SliceReader(folder)
+    shapes, found = start.shapes, set(trained.shapes)
+    if model.lora:
+        adapters = {name.removesuffix(_A) for name in found if name.endswith(_A)}
+        expected = {f"{module}{matrix}" for module in adapters for matrix in (_A, _B)}
+        expected |= {name for name in found & set(shapes) if not name.startswith(f"{VISION_TOWER}.")}
+    else:
+        adapters = set()
+        frozen = f"{VISION_TOWER}.head." if model.train_tower else f"{VISION_TOWER}."
+        expected = {name for name in shapes if not name.startswith(frozen)}
+    if expected != found:
+        difference = sorted(expected ^ found)
+        raise CheckpointError(
+            f"the checkpoint and the model differ in {len(difference)} weights, for example {difference[0]}",
+            where=f"{folder}, {start.where}",
+        )
+    for name in found & set(shapes):
+        if trained.shapes[name] != shapes[name]:
+            raise CheckpointError(
+                f"{name} is {trained.shapes[name]} in the checkpoint and {shapes[name]} in the model",
+                where=f"{folder}, {start.where}",
+            )
+    weights: TensorSource = Joined(folder, {name: (trained if name in found else start, name) for name in shapes})
+    if adapters:
+        scale = model.lora.alpha / model.lora.rank
+        weights = Merged(
+            weights,
+            {
+                f"{module}.weight": Adapter(trained.whole(f"{module}{_A}"), trained.whole(f"{module}{_B}"), scale)
+                for module in adapters
+            },
+        )
+    return TrainedModel(folder, start, model, weights)
+
+
+@contextmanager
+def beside(check: Callable[[], Any]) -> Iterator[None]:
+    """Run a check on a thread while the body runs; the disk is the slower of the two.
+
+    Raises:
+        Exception: what the check raised, when the body has ended without an error of its own.
+    """
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            check()
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="check", daemon=True)  # a body that failed need not wait for it
+    thread.start()
+    yield
+    thread.join()
+    if errors:
+        raise errors[0]
