@@ -21,7 +21,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import megablip
 from megablip.errors import CheckpointError
 
 MODEL, PROCESSOR = "megablip.model.blip3", "megablip.model.processor"
@@ -43,7 +42,7 @@ AUTO_MAPS = {
 }
 """Which class transformers takes from where, by the file that says so."""
 
-_REQUIRED = {"numpy", "PIL", "tokenizers", "torch", "transformers"}
+REQUIRED = {"numpy", "packaging", "PIL", "tokenizers", "torch", "transformers"}
 
 
 def write_remote_code(folder: Path) -> None:
@@ -111,13 +110,13 @@ def _relative(node: ast.ImportFrom, lines: list[str]) -> list[str]:
 
 
 def _path_of(module: str) -> Path | None:
-    base = Path(megablip.__file__).parent.joinpath(*module.split(".")[1:])
+    base = Path(__file__).parents[1].joinpath(*module.split(".")[1:])
     return next((path for path in (base.with_suffix(".py"), base / "__init__.py") if path.is_file()), None)
 
 
 def _is_required(node: ast.Import | ast.ImportFrom) -> bool:
     names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
-    return all(name.split(".")[0] in _REQUIRED | sys.stdlib_module_names for name in names)
+    return all(name.split(".")[0] in REQUIRED | sys.stdlib_module_names for name in names)
 
 
 def _registers(node: ast.stmt) -> bool:
