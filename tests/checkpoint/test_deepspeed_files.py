@@ -113,7 +113,7 @@ def test_every_layout_at_every_world_size(tmp_path, world):
     for case in ALL:
         folder = tmp_path / case["name"]
         check_state(folder)
-        for dtype in DTYPES:
+        for dtype in PRECISIONS:
             check_export(folder, tmp_path / "hf" / dtype / case["name"], dtype, frozen=not case.get("exclude_frozen"))
 
 
