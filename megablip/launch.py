@@ -29,6 +29,7 @@ from megablip.engine.status import EXIT_CODES, RunStatus
 from megablip.engine.topology import has_gpu
 from megablip.errors import ConfigError
 from megablip.metrics.startup import STARTED, process_age_s
+from megablip.model.layout import check_tokenizer
 
 RESOLVED_CONFIG = "config.yaml"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -46,6 +47,7 @@ def launch(recipe: Path, overrides: list[str]) -> int:
         with RankGroup() as ranks:
             config = load_config(recipe, overrides)
             config_path = prepare_run(config)
+            check_tokenizer(config.model)
             index_sources(config.data)
             if held_out := held_out_run(config):
                 index_sources(held_out.data)

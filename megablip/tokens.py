@@ -43,7 +43,7 @@ class Tokenizer:
         pad_id, eos_id, image_id, end_of_chunk_id: ids of special tokens.
         bos_id: id of the token that opens a document, None if there is none.
         control_ids: ids of all tokens that text can't become.
-        vocab_size: number of ids, added tokens included.
+        vocab_size: one more than the highest id, added tokens included: the rows that a model needs.
 
     Raises:
         ConfigError: the folder can't be read, lacks a token that megablip needs,
@@ -71,7 +71,7 @@ class Tokenizer:
         self.end_of_chunk_id = self._id(END_OF_CHUNK_TOKEN)
         added = self._tokenizer.get_added_tokens_decoder()
         self.control_ids = frozenset(number for number, token in added.items() if token.special)
-        self.vocab_size = self._tokenizer.get_vocab_size()
+        self.vocab_size = 1 + max(self._tokenizer.get_vocab().values())
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without bos or eos; never a control token's id."""

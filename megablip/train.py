@@ -43,6 +43,7 @@ from megablip.metrics.startup import StartClock
 from megablip.model.attention import head_sizes, select_backend, use_backend
 from megablip.model.blip3 import Blip3Config, Blip3ForConditionalGeneration
 from megablip.model.decoder import check_attention
+from megablip.model.layout import check_tokenizer
 from megablip.model.lora import add_lora
 from megablip.model.vision import encode_tiles
 
@@ -69,6 +70,7 @@ def run(config: Config, topology: Topology, guard: Guard, stop: StopSignal, cloc
     torch.manual_seed(config.seed + topology.rank)
     model_config = Blip3Config.of_run(config.model)
     check_attention(model_config.text_config)
+    check_tokenizer(config.model)
     export = ExportReader(config.model.path)
     base = export.hashes(topology)
     store = CheckpointStore(run_dir / "checkpoints", config.checkpoint.keep, topology)

@@ -123,11 +123,16 @@ class Blip3Config(PreTrainedConfig):
                 where="text_config.tie_word_embeddings",
                 remedy="untie them (copy the embeddings into an lm_head) and set it to false",
             )
-        if self.image_token_id >= self.text_config.vocab_size:
+        self.check_ids(torch.tensor([self.image_token_id], device="cpu"))
+
+    def check_ids(self, input_ids: Tensor) -> None:
+        """Raises ConfigError for ids that the decoder has no row for."""
+        rows, highest = self.text_config.vocab_size, int(input_ids.max()) if input_ids.numel() else 0
+        if highest >= rows:
             raise ConfigError(
-                f"the decoder has {self.text_config.vocab_size} embedding rows and none for id {self.image_token_id}",
-                where="image_token_id",
-                remedy="raise text_config.vocab_size to the tokenizer's size",
+                f"the decoder has {rows} embedding rows and none for id {highest}",
+                where="text_config.vocab_size",
+                remedy="make the model with its tokenizer: `megablip convert init` gives each id a row",
             )
 
 
@@ -253,14 +258,18 @@ class Blip3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         Raises:
             PackingError: visual features and `<image>` ids differ in number.
+            ConfigError: an id that the decoder has no row for.
         """
         if packed is not None:
             return self._packed_loss(packed, vision_features, by_document)
         if inputs_embeds is None:
+            is_first = past_key_values is None or past_key_values.get_seq_length() == 0
+            if is_first:
+                self.config.check_ids(input_ids)
             inputs_embeds = self.get_input_embeddings()(input_ids)
             if vision_features is None and tiles is not None and len(tiles):
                 vision_features = encode_tiles(self.vision_tower, tiles)
-            if past_key_values is None or past_key_values.get_seq_length() == 0:
+            if is_first:
                 inputs_embeds = self._put_images(inputs_embeds, input_ids, vision_features, patch_mask, grids)
         outputs = self.decoder.base_model(
             inputs_embeds=inputs_embeds,

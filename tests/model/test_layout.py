@@ -7,9 +7,10 @@ from transformers import AutoTokenizer
 from megablip.config import ModelConfig
 from megablip.errors import ConfigError
 from megablip.model.blip3 import Blip3Config
-from megablip.model.layout import layout_from_config, read_layout
+from megablip.model.layout import check_tokenizer, layout_from_config, read_layout
 from megablip.model.processor import Blip3Processor
 from megablip.records import VisualLayout
+from megablip.tokens import Tokenizer
 from tests.data.small import write_tokenizer
 from tests.model.tiny import features_of, make_doc, pack, tiny_config, tiny_model
 
@@ -66,3 +67,22 @@ def test_a_run_may_have_its_own_grids(tmp_path):
         model = ModelConfig(path=str(tmp_path), grids=grids)
         expected = ((1, 2),) if grids is None else tuple(grids)
         assert read_layout(model).grids == Blip3Config.of_run(model).layout.grids == expected
+
+
+def test_a_tokenizer_with_an_id_too_many(tmp_path):
+    folder = write_tokenizer(tmp_path)
+    tokenizer = Tokenizer(folder)
+    right = {"text_config": {"vocab_size": tokenizer.vocab_size}, "image_token_id": tokenizer.image_id}
+
+    def check(**change):
+        (folder / "config.json").write_text(json.dumps(CONFIG | right | change))
+        check_tokenizer(ModelConfig(path=str(folder)))
+
+    check()
+    last = tokenizer.vocab_size - 1
+    with pytest.raises(ConfigError, match=f"ids up to {last}, and the decoder {last} rows"):
+        check(text_config={"vocab_size": last})
+    with pytest.raises(ConfigError, match=f"<image> is {tokenizer.image_id} for the tokenizer and 7 for the model"):
+        check(image_token_id=7)
+    with pytest.raises(ConfigError, match="no config of a megablip model"):
+        check(text_config={})
