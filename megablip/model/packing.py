@@ -52,12 +52,107 @@ class PackedLayout:
         documents = torch.arange(len(self.doc_lens), device=device)
         return documents.repeat_interleave(lengths, output_size=sum(self.doc_lens))
 
+    @cached_property
+    def padding(self) -> Padding:
+        """How the rows of the documents lie in a padded batch."""
+        return Padding.of_lengths(self.doc_lens, self.cu_seqlens.device)
+
     def short_documents(self, limit: int) -> ShortDocuments:
         """The documents of at most `limit` tokens, in length buckets."""
         key = ("short", limit)
         if key not in self._cache:
             self._cache[key] = ShortDocuments(self.doc_lens, limit, self.cu_seqlens.device)
         return self._cache[key]  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A choice of rows and the way back.
+
+    Attributes:
+        index: int64[taken], the row that each taken one is.
+        inverse: int64[rows], the taken row that each is, `taken` for those that aren't.
+        all_taken: whether there is none of these.
+    """
+
+    index: Tensor
+    inverse: Tensor
+    all_taken: bool
+
+    def take(self, x: Tensor) -> Tensor:
+        """[rows, ...] -> [taken, ...]; of a row that is taken more than once, one has a gradient."""
+        return _TakeRows.apply(x, self)
+
+
+class _TakeRows(torch.autograd.Function):
+    """index_select whose backward is one too: adding rows up is slow on the CPU, and in no fixed order on GPUs."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, rows: Rows) -> Tensor:
+        ctx.rows = rows
+        return x.index_select(0, rows.index)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        if not ctx.rows.all_taken:
+            grad = torch.cat([grad, grad.new_zeros(1, *grad.shape[1:])])
+        return grad.index_select(0, ctx.rows.inverse), None
+
+
+@dataclass(frozen=True, slots=True)
+class Padding:
+    """Documents as a batch, each padded to the longest by copies of its last row.
+
+    Attributes:
+        rows: those of [D * longest]; the copies have no gradient, so whoever takes them must not need one.
+        mask: bool[D, longest], False at the copies.
+    """
+
+    rows: Rows
+    mask: Tensor
+
+    @classmethod
+    def of_lengths(cls, lengths: list[int], device: torch.device) -> Padding:
+        ends = np.cumsum(lengths)
+        place = np.arange(max(lengths))
+        mask = place < np.array(lengths)[:, None]
+        index = np.minimum((ends - lengths)[:, None] + place, ends[:, None] - 1)
+        rows = Rows(_tensor(index.ravel(), device), _tensor(np.flatnonzero(mask), device), all_taken=True)
+        return cls(rows, _tensor(mask, device))
+
+
+@dataclass(frozen=True, slots=True)
+class VisibleKeys:
+    """A batch of N rows with Q queries each, which see some of the row's K keys.
+
+    Attributes:
+        queries, keys: N documents each.
+        rows: of [N * K], those that are seen; None where all are.
+    """
+
+    queries: PackedLayout
+    keys: PackedLayout
+    rows: Rows | None
+
+    @classmethod
+    def from_mask(cls, visible: Tensor, queries: int, device: torch.device) -> VisibleKeys:
+        """From bool[N, K] on the host, so that nothing waits for the device."""
+        seen = visible.numpy()
+        counts = seen.sum(axis=1).tolist()
+        rows = None
+        if not seen.all():
+            inverse = np.where(seen.ravel(), seen.ravel().cumsum() - 1, seen.sum())
+            rows = Rows(_tensor(np.flatnonzero(seen), device), _tensor(inverse, device), all_taken=False)
+        from_lengths = PackedLayout.from_lengths
+        return cls(from_lengths([queries] * len(counts), device), from_lengths(counts, device), rows)
+
+    def take(self, keys: Tensor) -> Tensor:
+        """[N, K, d] -> [T_k, d], the keys that are seen."""
+        return keys.flatten(0, 1) if self.rows is None else self.rows.take(keys.flatten(0, 1))
+
+
+def _tensor(array: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(array).to(device, non_blocking=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from tools.bench.core import Row, run
 BENCHES = {
     "step": "forward and backward of a packed micro-batch, beside transformers, packed and padded",
     "loss": "the loss head at Phi-3-mini's size, beside all logits and cross entropy: time and peak memory",
+    "attention": "forward and backward of packed documents, beside SDPA with the block-diagonal mask",
     "cli": "time until help and until the error of a recipe",
     "reader": "reading samples out of shards, beside webdataset and tarfile",
     "packing": "packing documents: how full sequences are, how even their tiles, how fast",

@@ -18,6 +18,11 @@ HALF = (torch.bfloat16, torch.float16)
 # with 32 heads x 96: 3 to 5 times at 32 tokens, 1.3 times at 512; at 1024 they lose.
 SHORT_TOKENS = 512
 
+# It takes keys 512 at a time and skips those that no query sees only as a whole
+# (ATen/native/cpu/FlashAttentionKernel.cpp).  For these lengths two blocks of queries
+# are 5 to 17 % faster: they leave out a quarter of the work.
+_IN_BLOCKS, _BLOCK = range(384, 513), 256
+
 
 def per_document(
     q: Tensor,
@@ -31,13 +36,15 @@ def per_document(
     window: int | None,
 ) -> Tensor:
     """varlen_attention, see there; documents of few tokens go by plain matrix products."""
-    if not causal and layout_q.is_even and layout_k.is_even:
-        return _even_documents(q, k, v, len(layout_q.doc_lens), scale)
+    if not causal and layout_q.is_even:
+        return _batch(q, k, v, layout_q=layout_q, layout_k=layout_k, scale=scale)
     q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # [heads, T, D]
     limit = SHORT_TOKENS if causal and _by_products(q) else 0
     short = layout_q.short_documents(limit)
     if len(short.documents) == len(layout_q.doc_lens):
         return _ShortDocumentAttention.apply(q, k, v, short, scale, window).transpose(0, 1)
+    if len(layout_q.doc_lens) == 1:
+        return _one_document(q, k, v, causal, scale, window).transpose(0, 1)
     # split, never an index in a loop: each slice's backward would fill a full gradient.
     pieces = list(
         zip(
@@ -105,37 +112,39 @@ def _by_products(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in HALF
 
 
-def _even_documents(q: Tensor, k: Tensor, v: Tensor, documents: int, scale: float) -> Tensor:
-    """Documents of one length, which see all of their keys: a plain batch."""
-    q, k, v = (x.unflatten(0, (documents, -1)).transpose(1, 2) for x in (q, k, v))  # [documents, heads, n, D]
+def _batch(q: Tensor, k: Tensor, v: Tensor, *, layout_q: PackedLayout, layout_k: PackedLayout, scale: float) -> Tensor:
+    """Documents with equally many queries, which see all of their keys: a plain batch, or a padded one."""
+    mask = None
+    if not layout_k.is_even:
+        k, v = (layout_k.padding.rows.take(x) for x in (k, v))
+        mask = layout_k.padding.mask[:, None, None, :]
+    q, k, v = (x.unflatten(0, (len(layout_q.doc_lens), -1)).transpose(1, 2) for x in (q, k, v))
     if _by_products(q) and k.shape[2] <= SHORT_TOKENS and q.shape[1] == k.shape[1]:
-        out = torch.matmul(torch.matmul(q * scale, k.transpose(-1, -2)).softmax(-1), v)
+        scores = torch.matmul(q * scale, k.transpose(-1, -2))
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        out = torch.matmul(scores.softmax(-1), v)
     else:
-        out = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        gqa = q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=gqa)
     return out.transpose(1, 2).flatten(0, 1)
 
 
 def _one_document(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, window: int | None) -> Tensor:
-    """[heads, n, D] over [kv_heads, m, D] by SDPA; in query blocks where the window is narrower than n."""
-    n, gqa = q.shape[1], q.shape[0] != k.shape[0]
-    if window is None or n <= window:
-        out = F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=causal, scale=scale, enable_gqa=gqa)
-        return out[0]
-    blocks = []
-    for start in range(0, n, window):
-        end, first = min(start + window, n), max(0, start - window + 1)
-        band = causal_mask(end - start, end - first, window, q.device)
-        blocks.append(
-            F.scaled_dot_product_attention(
-                q[None, :, start:end],
-                k[None, :, first:end],
-                v[None, :, first:end],
-                attn_mask=band,
-                scale=scale,
-                enable_gqa=gqa,
-            )[0]
-        )
-    return torch.cat(blocks, dim=1)
+    """[heads, n, D] over [kv_heads, m, D] by SDPA, in blocks of queries where these need few of the keys."""
+    n, options = q.shape[1], {"scale": scale, "enable_gqa": q.shape[0] != k.shape[0]}
+    block = n if window is None else min(window, n)
+    if causal and n in _IN_BLOCKS and q.device.type == "cpu":
+        block = min(block, _BLOCK)
+    if block == n:
+        return F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=causal, **options)[0]
+    outputs = []
+    for start in range(0, n, block):
+        end, first = min(start + block, n), 0 if window is None else max(0, start - window + 1)
+        mask = causal_mask(end - start, end - first, window, q.device)
+        q_block, k_block, v_block = q[None, :, start:end], k[None, :, first:end], v[None, :, first:end]
+        outputs.append(F.scaled_dot_product_attention(q_block, k_block, v_block, attn_mask=mask, **options)[0])
+    return torch.cat(outputs, dim=1)
 
 
 class _ShortDocumentAttention(torch.autograd.Function):
