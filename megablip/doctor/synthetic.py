@@ -81,7 +81,7 @@ def random_tower(config: Blip3Config, place: Place) -> PreTrainedModel:
 
 @torch.no_grad()
 def fill(module: nn.Module, seed: int) -> None:
-    """Random weights where the parameters lie: norms as they begin, biases zero, all else normal with deviation 0.02."""
+    """Random weights where the parameters lie: norms as they begin, biases zero, all else normal, deviation 0.02."""
     generators: dict[torch.device, torch.Generator] = {}
     for name, parameter in module.named_parameters():
         generator = generators.setdefault(parameter.device, torch.Generator(parameter.device).manual_seed(seed))
