@@ -1,0 +1,117 @@
+"""A chain of commands that goes on where it was interrupted.
+
+A stage whose output is there is not run again; one that is interrupted is run
+again, and may itself go on from what it has left (training does).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command and the folder it makes.
+
+    Attributes:
+        reads: files that it depends on beside the stages before it.
+        beside: start it together with the next stage.
+    """
+
+    name: str
+    output: Path
+    command: list[str]
+    reads: tuple[Path, ...] = ()
+    beside: bool = False
+
+
+class Chain:
+    """Runs stages, remembers which are done and how long each took; its journal lies in `folder`."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._journal = folder / "stages.json"
+        self._asked_to_stop = False
+        self._running: list[subprocess.Popen[bytes]] = []
+
+    def run(self, todo: list[Stage]) -> None:
+        """Raises SystemExit with the exit code of a stage that fails or stops."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._stop)
+        began, together = time.monotonic(), []
+        upstream = ""
+        for stage in todo:
+            # A stage counts only as long as what it reads, its command and all before it are the same.
+            own = "".join(path.read_text() for path in stage.reads) + shlex.join(stage.command)
+            upstream = hashlib.sha256((upstream + own).encode()).hexdigest()
+            journal = self._read()
+            entry = journal.get(stage.name, {})
+            if entry.get("key") == upstream and entry["done"]:
+                print(f"== {stage.name}: done before", flush=True)
+            else:
+                if entry.get("key") != upstream:
+                    shutil.rmtree(stage.output, ignore_errors=True)
+                    journal[stage.name] = {"key": upstream, "done": False, "seconds": 0.0}
+                    self._journal.write_text(json.dumps(journal, indent=1))
+                print(f"== {stage.name}: {shlex.join(stage.command)}", flush=True)
+                # A session of its own: a Ctrl-C reaches the stage once, through _stop.
+                process = subprocess.Popen(stage.command, cwd=REPOSITORY, start_new_session=True)
+                self._running.append(process)
+                together.append((stage, process))
+            if not stage.beside:
+                for number, (waiting, process) in enumerate(together, 1):
+                    # Stages side by side share the clock: it counts once, with the last.
+                    self._finish(waiting, process, began if number == len(together) else None)
+                began, together = time.monotonic(), []
+
+    def minutes(self) -> float:
+        """Time of all stages, over all attempts."""
+        return sum(stage["seconds"] for stage in self._read().values()) / 60
+
+    def _finish(self, stage: Stage, process: subprocess.Popen[bytes], began: float | None) -> None:
+        code = process.wait()
+        journal = self._read()
+        if began is not None:
+            journal[stage.name]["seconds"] += time.monotonic() - began
+        journal[stage.name]["done"] = code == 0
+        self._journal.write_text(json.dumps(journal, indent=1))
+        if self._asked_to_stop and code != 0:
+            print(f"== {stage.name}: stopped; the same command goes on from here", flush=True)
+            raise SystemExit(75)
+        if code != 0:
+            print(f"== {stage.name}: failed with exit code {code}; mend it and start again to go on", flush=True)
+            raise SystemExit(code)
+
+    def _read(self) -> dict[str, dict]:
+        try:
+            return json.loads(self._journal.read_text())
+        except (OSError, ValueError):
+            return {}
+
+    def _stop(self, number: int, frame: object) -> None:
+        self._asked_to_stop = True
+        for process in self._running:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+
+
+def module(name: str, *arguments: object) -> list[str]:
+    """The command of a module of this checkout."""
+    return [sys.executable, "-m", name, *map(str, arguments)]
+
+
+def megablip(*arguments: object) -> list[str]:
+    """The installed command."""
+    return [str(Path(sys.executable).with_name("megablip")), *map(str, arguments)]
