@@ -33,7 +33,7 @@ def write_report(
         path,
         "report.html.j2",
         title=title,
-        curve=_curve([(point["tokens_seen"], point["loss"]) for point in metrics]),
+        curve=curve([(point["tokens_seen"], point["loss"]) for point in metrics]),
         group=group,
         groups=groups,
         pictures=[(data and base64.b64encode(data).decode(), answer) for data, answer in pictures],
@@ -42,7 +42,7 @@ def write_report(
     )
 
 
-def _curve(points: list[tuple[float, float]]) -> dict[str, Any] | None:
+def curve(points: list[tuple[float, float]]) -> dict[str, Any] | None:
     """The points in pixels of the drawing, smoothed over 1 % of them."""
     points = [(x, y) for x, y in points if math.isfinite(y)]
     if len(points) < 2:

@@ -5,18 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, FileSystemLoader, PackageLoader, StrictUndefined
 
 from megablip.errors import ConfigError
 
 
-def write_page(path: Path, template: str, **values: Any) -> None:
-    """Fill in a template of this folder; all values are text and never markup.
+def write_page(path: Path, template: str, folder: Path | None = None, **values: Any) -> None:
+    """Fill in a template; all values are text and never markup.
+
+    Args:
+        folder: of the template, which may extend one of this package's; None: it is one of this package's.
 
     Raises:
         ConfigError: the file can't be written.
     """
-    environment = Environment(loader=PackageLoader("megablip", "pages"), autoescape=True, undefined=StrictUndefined)
+    loaders = [*([FileSystemLoader(folder)] if folder else []), PackageLoader("megablip", "pages")]
+    environment = Environment(loader=ChoiceLoader(loaders), autoescape=True, undefined=StrictUndefined)
     page = environment.get_template(template).render(**values)
     try:
         # The key of a sample may hold bytes that are no text.

@@ -135,9 +135,7 @@ def conversation(exchange: Exchange) -> dict[str, Any]:
 
 
 def safety(exchange: Exchange) -> dict[str, Any]:
-    """Members of a safety sample: VLGuard's layout, but a request without a picture is a conversation."""
-    if not exchange.pictures:
-        return conversation(exchange)
+    """Members of a safety sample: VLGuard's layout."""
     safe = exchange.facts["safe"]
     asked = {("safe_instruction" if safe else "instruction"): exchange.question, "response": exchange.answer}
     (picture,) = exchange.pictures
