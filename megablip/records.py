@@ -79,6 +79,11 @@ class VisualLayout:
     def patches_per_tile(self) -> int:
         return self.patches_per_side**2
 
+    @property
+    def tile_bytes(self) -> int:
+        """Of a tile's pixels, as uint8."""
+        return 3 * self.tile_size**2
+
     def tiles(self, grid: tuple[int, int]) -> int:
         """Number of tiles of an image of this grid, base tile included."""
         return 1 + grid[0] * grid[1]

@@ -77,7 +77,7 @@ class TileMemory:
     """
 
     def __init__(self, pinned: bool = False):
-        self._pinned = pinned
+        self.pinned = pinned
         self._free: list[np.ndarray] = []
 
     def empty(self, count: int, side: int) -> torch.Tensor:
@@ -85,7 +85,7 @@ class TileMemory:
         import torch
 
         size = count * 3 * side * side
-        if self._pinned:
+        if self.pinned:
             return _as_tiles(torch.empty(size, dtype=torch.uint8, pin_memory=True), side)
         fitting = [number for number, block in enumerate(self._free) if size <= block.size <= 2 * size]
         block = self._free.pop(fitting[0]) if fitting else np.empty(size, np.uint8)
@@ -102,7 +102,13 @@ def _as_tiles(memory: torch.Tensor, side: int) -> torch.Tensor:
     return memory.view(-1, side, side, 3).permute(0, 3, 1, 2)
 
 
-def collate(sequences: Sequence[PackedSequence], layout: VisualLayout, memory: TileMemory | None = None) -> MicroBatch:
+def collate(
+    sequences: Sequence[PackedSequence],
+    layout: VisualLayout,
+    memory: TileMemory | None = None,
+    *,
+    keep_tiles: bool = False,
+) -> MicroBatch:
     """Lay sequences end to end.
 
     Without any document there is a dummy one of one token that has no label;
@@ -141,15 +147,19 @@ def collate(sequences: Sequence[PackedSequence], layout: VisualLayout, memory: T
     if dummy:
         patch_mask, tile_to_image = np.ones((1, layout.patches_per_tile), bool), np.array([-1])
 
-    tiles = memory.empty(len(patch_mask), layout.tile_size)
-    if dummy:
-        tiles.zero_()
+    with_tiles = [sequence.tiles for sequence in sequences if len(sequence.tiles)]
+    if keep_tiles and len(with_tiles) == 1 and not memory.pinned:
+        tiles = torch.from_numpy(with_tiles[0])
     else:
-        np.concatenate([sequence.tiles for sequence in sequences], out=tiles.numpy())
+        tiles = memory.empty(len(patch_mask), layout.tile_size)
+        if dummy:
+            tiles.zero_()
+        else:
+            np.concatenate(with_tiles, out=tiles.numpy())
 
     def tensor(array: np.ndarray, dtype: type) -> torch.Tensor:
         made = torch.from_numpy(np.ascontiguousarray(array, dtype=dtype))
-        return made.pin_memory() if tiles.is_pinned() else made
+        return made.pin_memory() if memory.pinned else made
 
     return MicroBatch(
         input_ids=tensor(input_ids, np.int64),

@@ -27,6 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import BinaryIO
 
 import numpy as np
@@ -35,7 +36,7 @@ from rich.progress import Progress
 from megablip.data.tar import BLOCK_BYTES, MAX_DAMAGES, Damage, Member, Walk, is_header_of, padded, split_name, walk
 from megablip.errors import MegablipError, ShardError
 
-CHUNK_SAMPLES = 64  # lines read at a time: the samples of a block are read in order
+CHUNK_SAMPLES = 64  # lines read at a time, where samples are read in order: those of a block
 MAX_HEAD_BYTES = 256 + MAX_DAMAGES * 128  # of the first line
 MAX_LINE_BYTES = 1 << 16  # of the first and the last line; where one is longer, the index is made anew each time
 PARALLEL_SHARDS = 8  # from so many shards on, processes that walk them are worth their start
@@ -88,7 +89,8 @@ class ShardIndex:
         self._ends = ends  # int64[samples + 1], where each line ends; [0] ends the first line
         self._source = source  # file descriptor, or the text itself
         self._separator = separator
-        self._chunk, self._chunk_first, self._chunk_start = b"", -1, 0
+        self._lines: list[bytes] = []  # those read last, from that of sample `_first` on
+        self._first = self._next = 0
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -116,16 +118,20 @@ class ShardIndex:
 
     def sample(self, number: int) -> tuple[str, list[Member]] | None:
         """(key, members) of a sample; None if its line is not of the format, or not one webdataset sample."""
-        start, end = int(self._ends[number]), int(self._ends[number + 1])
+        at = number - self._first
+        if not 0 <= at < len(self._lines):
+            # The samples of a block are asked for in order; where they are not, more lines would be of no use.
+            self._lines = self._read_lines(number, CHUNK_SAMPLES if number == self._next else 1)
+            self._first, at = number, 0
+        self._next = number + 1
+        return _parse_line(self._lines[at], self._separator)
+
+    def _read_lines(self, first: int, count: int) -> list[bytes]:
+        ends = self._ends[first : first + count + 1].tolist()
         if isinstance(self._source, bytes):
-            return _parse_line(self._source[start:end], self._separator)
-        first = number // CHUNK_SAMPLES * CHUNK_SAMPLES
-        if first != self._chunk_first:
-            self._chunk_start = int(self._ends[first])
-            last = int(self._ends[min(first + CHUNK_SAMPLES, len(self))])
-            self._chunk = os.pread(self._source, last - self._chunk_start, self._chunk_start)
-            self._chunk_first = first
-        return _parse_line(self._chunk[start - self._chunk_start : end - self._chunk_start], self._separator)
+            return [self._source[start:end] for start, end in pairwise(ends)]
+        text, begin = os.pread(self._source, ends[-1] - ends[0], ends[0]), ends[0]
+        return [text[start - begin : end - begin] for start, end in pairwise(ends)]
 
     def close(self) -> None:
         if not isinstance(self._source, bytes):
@@ -139,20 +145,23 @@ def _line(sample: list[Member], separator: str) -> bytes:
 
 def _parse_line(line: bytes, separator: str) -> tuple[str, list[Member]] | None:
     fields = line[:-1].decode("utf-8", "surrogateescape").split(separator)
-    if len(fields) % 4:
+    count = len(fields)
+    if count % 4:
         return None
-    if fields[3].endswith("." + fields[0]):
-        key = fields[3][: -len(fields[0]) - 1]  # in half the time of split_name
-    elif split := split_name(fields[3]):
+    extension, name = fields[0], fields[3]
+    if name.endswith("." + extension):
+        key = name[: -len(extension) - 1]  # in half the time of split_name
+    elif split := split_name(name):
         key = split[0]
     else:
         return None
+    length, members = len(key) + 1, []
     prefix = key + "."
-    length, members = len(prefix), []
     try:
-        for offset, size, name in zip(map(int, fields[1::4]), map(int, fields[2::4]), fields[3::4], strict=True):
+        for at in range(0, count, 4):
+            offset, size, name = int(fields[at + 1]), int(fields[at + 2]), fields[at + 3]
             extension = name[length:].lower()  # wds2idx keeps the case
-            if name[:length] != prefix or "/" in extension:
+            if not name.startswith(prefix) or "/" in extension:
                 return None
             if offset % BLOCK_BYTES or not (0 < offset < _FAR and 0 <= size < _FAR):
                 return None

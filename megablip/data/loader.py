@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -39,15 +39,15 @@ class StepBatch:
     """
 
     step: int  # from 0
-    micro_batches: list[MicroBatch]
-    lane_states: dict[int, np.ndarray]
-    documents: int
-    tokens: int
-    valid_labels: int
-    samples_drawn: np.ndarray  # int64[sources], since the start of the run, by this rank's lanes
-    samples_done: int  # of those, all that no longer wait
-    data_digest: int  # sum of its sequences' digests mod 2^63; the sum over all ranks is that of the global batch
-    skipped: tuple[Skip, ...]
+    micro_batches: list[MicroBatch] = field(default_factory=list)
+    lane_states: dict[int, np.ndarray] = field(default_factory=dict)
+    documents: int = 0
+    tokens: int = 0
+    valid_labels: int = 0
+    samples_drawn: np.ndarray | int = 0  # int64[sources], since the start of the run, by this rank's lanes
+    samples_done: int = 0  # of those, all that no longer wait
+    data_digest: int = 0  # sum of its sequences' digests mod 2^63; the sum over all ranks is that of the global batch
+    skipped: tuple[Skip, ...] = ()
     data_wait_s: float = 0.0
 
     @property
@@ -177,7 +177,16 @@ class Loader:
         workers = self._config.data.decode_workers
         if not workers:
             return InlinePipeline(setup)
-        return ProcessPipeline(setup, workers, self._config.batch.micro_batch_sequences, self._rank)
+        return ProcessPipeline(setup, workers, self._config.batch.micro_batch_sequences, self._kept(), self._rank)
+
+    def _kept(self) -> int:
+        """Sequences whose tiles are used where the workers put them: all, as a rule, where micro-batches are of one."""
+        batch, data = self._config.batch, self._config.data
+        if self._memory.pinned or batch.micro_batch_sequences > 1:
+            return 0
+        ready = data.prefetch_bytes // (data.max_tiles * self._layout.tile_bytes)
+        # Beside those that are ready one step is put together, and the training loop may have the last two.
+        return min(ready, MAX_STEPS_AHEAD * self._micro_batches) + 3 * self._micro_batches
 
     def _collect(self, step: int) -> None:
         """Body of the thread: assemble steps and keep them ready."""
@@ -206,36 +215,29 @@ class Loader:
         return bool(self._ready) and (over or len(self._ready) >= MAX_STEPS_AHEAD)
 
     def _assemble(self, step: int) -> StepBatch:
-        micro_batches: list[MicroBatch] = []
-        lane_states: dict[int, np.ndarray] = {}
-        skipped: list[Skip] = []
-        documents = tokens = digest = 0
+        batch = StepBatch(step)
         left = len(self._lanes) * self._config.batch.sequences_per_lane
         for _ in range(self._micro_batches):
             count = min(left, self._config.batch.micro_batch_sequences)
             left -= count
-            sequences: list[PackedSequence] = [self._pipeline.take() for _ in range(count)]
-            micro_batches.append(collate(sequences, self._layout, self._memory))
-            self._pipeline.release()
-            for sequence in sequences:
-                lane_states[sequence.lane] = sequence.lane_state  # the last of a lane stays
-                skipped += sequence.skipped
-                documents += len(sequence.doc_lens)
-                tokens += sequence.tokens
-                digest += sequence.digest
-        states = [LaneState(state) for state in lane_states.values()]
-        return StepBatch(
-            step=step,
-            micro_batches=micro_batches,
-            lane_states=lane_states,
-            documents=documents,
-            tokens=tokens,
-            valid_labels=sum(micro_batch.valid_labels for micro_batch in micro_batches),
-            samples_drawn=sum(state.drawn for state in states),
-            samples_done=sum(state.samples_done for state in states),
-            data_digest=digest % DIGESTS,
-            skipped=tuple(skipped),
-        )
+            self._add_micro_batch(batch, count)
+        states = [LaneState(state) for state in batch.lane_states.values()]
+        batch.samples_drawn = sum(state.drawn for state in states)
+        batch.samples_done = sum(state.samples_done for state in states)
+        batch.data_digest %= DIGESTS
+        return batch
+
+    def _add_micro_batch(self, batch: StepBatch, count: int) -> None:
+        sequences: list[PackedSequence] = [self._pipeline.take() for _ in range(count)]
+        micro_batch = collate(sequences, self._layout, self._memory, keep_tiles=self._pipeline.may_keep())
+        batch.micro_batches.append(micro_batch)
+        batch.valid_labels += micro_batch.valid_labels
+        for sequence in sequences:
+            batch.lane_states[sequence.lane] = sequence.lane_state  # the last of a lane stays
+            batch.skipped += sequence.skipped
+            batch.documents += len(sequence.doc_lens)
+            batch.tokens += sequence.tokens
+            batch.data_digest += sequence.digest
 
 
 def _state_of(

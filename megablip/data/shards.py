@@ -9,7 +9,7 @@ from __future__ import annotations
 import glob
 import os
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import BinaryIO, NamedTuple
@@ -35,8 +35,11 @@ OPEN_SHARDS = 64  # shards whose files and line table stay open
 IN_MEMORY_BYTES = 256 << 20  # of indexes that can't be files
 INDEX_JOBS = 8  # processes that index shards: a node has several ranks
 COPIES_AT_A_TIME = 8  # remote indexes, or shards that have none
+HEAD_BYTES = 1 << 12  # of a long member, where they may be enough
 
 _LONG_BYTES = 1 << 14  # a longer member is read apart: to cut it out would copy it once more
+
+HeadRule = Callable[[bytes, int], bool]
 
 
 def expand_shards(spec: str | list[str]) -> list[str]:
@@ -163,8 +166,11 @@ class ShardSource:
     def total(self) -> int:
         return int(self.counts.sum())
 
-    def read(self, shard: int, sample: int) -> tuple[str, dict[str, bytes]]:
+    def read(self, shard: int, sample: int, is_enough: HeadRule | None = None) -> tuple[str, dict[str, bytes]]:
         """(key, {extension: bytes}) of a sample.
+
+        Args:
+            is_enough: told the first HEAD_BYTES of a long member and its size, says whether the rest is not needed.
 
         Raises:
             SampleError: a member is too large.
@@ -173,7 +179,7 @@ class ShardSource:
         opened = self._shard(shard)
         key, members = self._sample(shard, sample, opened)
         try:
-            return key, self._read(shard, members, opened.file.fileno())
+            return key, self._read(shard, members, opened.file.fileno(), is_enough)
         except OSError as error:
             raise ShardError(
                 f"the shard can't be read: {error.strerror}",
@@ -199,7 +205,7 @@ class ShardSource:
         while self._open:
             self._close_oldest()
 
-    def _read(self, shard: int, members: list[Member], descriptor: int) -> dict[str, bytes]:
+    def _read(self, shard: int, members: list[Member], descriptor: int, is_enough: HeadRule | None) -> dict[str, bytes]:
         """Members of a sample, in as few reads as need no second copy of long members.
 
         One header is looked at, too: it shows whether the shard is still the one that was indexed.
@@ -215,6 +221,11 @@ class ShardSource:
                     where=f"{self.paths[shard]}, offset {offset}",
                 )
             if size > _LONG_BYTES:
+                if is_enough:
+                    head = os.pread(descriptor, HEAD_BYTES, offset)
+                    if len(head) == HEAD_BYTES and is_enough(head, size):
+                        contents[extension] = head
+                        continue
                 content = os.pread(descriptor, size, offset)
             else:
                 at = offset - start

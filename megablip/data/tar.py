@@ -127,6 +127,8 @@ def parse_header(block: bytes) -> tuple[str, int, bytes] | None:
 def is_header_of(block: bytes, name: str, size: int) -> bool:
     """Whether a block may be the header right before the data of a member; cheap, and no checksum is made."""
     raw = name.encode("utf-8", "surrogateescape")
+    if block[124:136] == b"%011o\0" % size and block.startswith(raw + b"\0") and len(block) == BLOCK_BYTES:
+        return True  # as nearly all writers have it
     try:
         if len(block) != BLOCK_BYTES or (size < 1 << 33 and _octal(block[124:136]) != size):
             return False  # 11 octal digits hold no larger size

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import faulthandler
 import fcntl
+import gc
 import itertools
 import os
 import signal
@@ -20,7 +21,6 @@ import sys
 import threading
 import time
 import traceback
-from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing import Pipe
@@ -28,7 +28,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
 from megablip.config import DataConfig
-from megablip.data.handover import TileRing
+from megablip.data.handover import TileSlots
 from megablip.data.images import empty_tiles
 from megablip.data.samples import SampleReader, Setup, decode, plan
 from megablip.errors import MegablipError
@@ -38,6 +38,12 @@ POLL_S = 1.0  # how often a rank looks whether its helpers live
 CRASH_REPORT_BYTES = 1 << 16
 PIPE_BYTES = 1 << 20  # the most that Linux gives without privileges
 AHEAD_SEQUENCES = 4  # of a decode worker: two keep it busy, the others even out that sequences take unequal time
+_ENVIRONMENT = {
+    **{f"{library}_NUM_THREADS": "1" for library in ("OMP", "MKL", "OPENBLAS")},
+    # Pixels come and go: memory that is given back to the system costs a page fault for each 4 kB the next time.
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(128 << 20),
+}
 _SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}  # meant for the ranks, which decide what to do
 
 
@@ -48,10 +54,13 @@ class Pipeline(Protocol):
         """Samples of each source that is counted, by name; to be asked first."""
 
     def take(self) -> PackedSequence:
-        """The next sequence; its tiles are valid until `release`."""
+        """The next sequence.
 
-    def release(self) -> None:
-        """Give back the tiles of all that was taken."""
+        While its tiles are held, so is a part of a worker's memory: what is to be kept is copied, unless `may_keep`.
+        """
+
+    def may_keep(self) -> bool:
+        """Whether the tiles taken so far may be held for as long as anybody likes: no worker will wait for them."""
 
     def check(self) -> None:
         """
@@ -83,7 +92,8 @@ class InlinePipeline:
         out = empty_tiles(tiles, self._setup.layout.tile_size)
         return decode(self._reader, self._setup.layout, planned, skipped, out)
 
-    def release(self) -> None: ...
+    def may_keep(self) -> bool:
+        return True
 
     def check(self) -> None: ...
 
@@ -98,40 +108,38 @@ class ProcessPipeline:
     Args:
         setup: what they are to do.
         workers: number of decode processes.
-        held: sequences that the rank takes before it releases them.
+        held: sequences that the rank takes before it copies their tiles.
+        kept: further sequences whose tiles are kept, and not copied.
         rank: for messages.
     """
 
-    def __init__(self, setup: Setup, workers: int, held: int, rank: int):
+    def __init__(self, setup: Setup, workers: int, held: int, kept: int, rank: int):
         task_pipes = [_pipe() for _ in range(workers)]
         # Beyond what the rank may hold of a worker, so that no worker waits for the one whose turn it is.
-        tiles = (-(-held // workers) + AHEAD_SEQUENCES) * setup.data.max_tiles
-        rings = [TileRing.create(tiles, setup.layout.tile_size) for _ in range(workers)]
+        self._kept = -(-kept // workers)
+        slots = self._kept + -(-held // workers) + AHEAD_SEQUENCES
+        all_slots = [TileSlots.create(slots, setup.data.max_tiles, setup.layout.tile_size) for _ in range(workers)]
         self._planner = _start("planner", f"planner of rank {rank}", setup, [write.fileno() for _, write in task_pipes])
         setup = replace(setup, lane_states={})  # the planner's alone, and large
         self._workers = [
-            _start("worker", f"decode worker {number} of rank {rank}", setup, [read.fileno(), *ring.descriptors], ring)
-            for number, ((read, _), ring) in enumerate(zip(task_pipes, rings, strict=True))
+            _start("worker", f"decode worker {number} of rank {rank}", setup, [read.fileno()], slots)
+            for number, ((read, _), slots) in enumerate(zip(task_pipes, all_slots, strict=True))
         ]
         self.helpers = [self._planner, *self._workers]
         for connection in itertools.chain(*task_pipes):
             connection.close()  # the helpers have their own; an end is seen only when no one else holds it
         self._turns = itertools.cycle(self._workers)
-        self._taken: deque[tuple[TileRing, int, int]] = deque()
 
     def totals(self) -> dict[str, int]:
         return self._receive(self._planner)
 
     def take(self) -> PackedSequence:
         worker = next(self._turns)
-        sequence, start, tiles = self._receive(worker)
-        self._taken.append((worker.ring, start, tiles))
-        return replace(sequence, tiles=worker.ring.view(start, tiles))
+        sequence, slot, tiles = self._receive(worker)
+        return replace(sequence, tiles=worker.slots.lend(slot, tiles))
 
-    def release(self) -> None:
-        while self._taken:
-            ring, start, tiles = self._taken.popleft()
-            ring.free_to(start, tiles)
+    def may_keep(self) -> bool:
+        return all(worker.slots.lent <= self._kept for worker in self._workers)
 
     def stop(self) -> None:
         for helper in self.helpers:  # they hold nothing worth saving
@@ -196,7 +204,7 @@ class Helper:
     lifeline: Connection  # the helper ends when this is closed, as it is when the rank dies
     output: Connection
     crash_file: int  # where faulthandler writes the Python stacks when the process crashes in C
-    ring: TileRing | None
+    slots: TileSlots | None
 
     def last_words(self) -> Failure | None:
         try:
@@ -216,17 +224,18 @@ class Helper:
         self.lifeline.close()
         self.output.close()
         os.close(self.crash_file)
-        if self.ring:
-            self.ring.close()
+        if self.slots:
+            self.slots.close()
 
 
-def _start(role: str, name: str, setup: Setup, given: list[int], ring: TileRing | None = None) -> Helper:
-    """Start a helper; it is `given` file descriptors beside its lifeline, its output and its crash file."""
+def _start(role: str, name: str, setup: Setup, given: list[int], slots: TileSlots | None = None) -> Helper:
+    """Start a helper; it is `given` file descriptors beside its lifeline, its output, its crash file and its slots."""
     lifeline_end, lifeline = Pipe(duplex=False)
     output, output_end = _pipe()
     crash_file = os.memfd_create("megablip-crash")
     descriptors = [lifeline_end.fileno(), output_end.fileno(), crash_file, *given]
-    threads = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "MKL", "OPENBLAS")}
+    descriptors += slots.descriptors if slots else ()
+    path = os.pathsep.join(path or os.getcwd() for path in sys.path)
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # the helper inherits it: no moment is left open
     try:
         process = subprocess.Popen(
@@ -234,15 +243,15 @@ def _start(role: str, name: str, setup: Setup, given: list[int], ring: TileRing 
             + [str(descriptor) for descriptor in descriptors],
             stdin=subprocess.DEVNULL,
             pass_fds=descriptors,
-            env={**os.environ, **threads, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
+            env={**os.environ, **_ENVIRONMENT, "PYTHONPATH": path},
         )
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     lifeline_end.close()
     output_end.close()
     with suppress(BrokenPipeError):  # it ended at once; the rank will notice as it waits for output
-        lifeline.send((name, setup))
-    return Helper(name, process, lifeline, output, crash_file, ring)
+        lifeline.send((name, setup, slots.slots if slots else 0))
+    return Helper(name, process, lifeline, output, crash_file, slots)
 
 
 def _pipe() -> tuple[Connection, Connection]:
@@ -260,14 +269,15 @@ def helper_main() -> None:
     faulthandler.enable(file=crash_file)
     lifeline = Connection(lifeline_fd, writable=False)
     output = Connection(output_fd, readable=False)
-    name, setup = lifeline.recv()
+    name, setup, count = lifeline.recv()
     threading.Thread(target=_end_with_rank, args=(lifeline,), daemon=True).start()
     try:
         if role == "planner":
             _plan(setup, output, [Connection(descriptor, readable=False) for descriptor in given])
         else:
-            read, *ring = given
-            _work(setup, Connection(read, writable=False), output, TileRing(tuple(ring), setup.layout.tile_size))
+            read, *memory = given
+            slots = TileSlots(tuple(memory), count, setup.layout.tile_size)
+            _work(setup, Connection(read, writable=False), output, slots)
     except (EOFError, BrokenPipeError):
         pass  # the process at the other end is gone, and the rank knows why
     except Exception as error:
@@ -294,20 +304,21 @@ def _plan(setup: Setup, output: Connection, tasks: list[Connection]) -> None:
     """Planner: the totals to the rank, then sequences to the workers in turn."""
     reader = SampleReader(setup)
     output.send(_totals(reader, setup.data))
+    gc.freeze()  # what is there now stays: collections need not look at it
     for worker, task in zip(itertools.cycle(tasks), plan(setup, reader), strict=False):
         worker.send(task)
 
 
-def _work(setup: Setup, tasks: Connection, output: Connection, ring: TileRing) -> None:
-    """Decode worker: planned sequences to packed ones; their tiles lie in the ring."""
+def _work(setup: Setup, tasks: Connection, output: Connection, slots: TileSlots) -> None:
+    """Decode worker: planned sequences to packed ones; their tiles lie in a slot."""
     reader = SampleReader(setup)
     nothing = empty_tiles(0, setup.layout.tile_size)
+    gc.freeze()
     while True:
         planned, skipped = tasks.recv()
-        start, out = ring.reserve(sum(document.tiles for document in planned.documents))
+        slot, out = slots.take(sum(document.tiles for document in planned.documents))
         sequence = decode(reader, setup.layout, planned, skipped, out)
-        ring.commit(start, len(sequence.tiles))
-        output.send((replace(sequence, tiles=nothing), start, len(sequence.tiles)))
+        output.send((replace(sequence, tiles=nothing), slot, len(sequence.tiles)))
 
 
 def _totals(reader: SampleReader, data: DataConfig) -> dict[str, int]:

@@ -118,3 +118,15 @@ def test_tile_memory_is_used_again_once_its_tensor_and_all_views_are_gone():
     assert second.data_ptr() != place
     del view
     assert memory.empty(2, 16).data_ptr() == place
+
+
+def test_tiles_of_a_lone_sequence_may_be_kept_where_they_are():
+    one, other = sequence(document("a", 10, [(1, 1)])), sequence(document("b", 4))
+    copied, kept = (collate([one], LAYOUT, keep_tiles=keep) for keep in (False, True))
+    assert kept.tiles.data_ptr() == one.tiles.ctypes.data != copied.tiles.data_ptr()
+    for name in ("input_ids", "tiles", "patch_mask", "tile_to_image", "visual_token_index"):
+        assert getattr(kept, name).tolist() == getattr(copied, name).tolist()
+    assert collate([other, one], LAYOUT, keep_tiles=True).tiles.data_ptr() == one.tiles.ctypes.data
+    two = collate([one, sequence(document("c", 10, [(1, 1)]))], LAYOUT, keep_tiles=True)
+    assert two.tiles.shape == (4, 3, 16, 16)
+    assert collate([other], LAYOUT, keep_tiles=True).dummy

@@ -3,6 +3,7 @@ import io
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -15,9 +16,12 @@ import pytest
 from PIL import Image
 
 from megablip.config import parse_config
-from megablip.data.loader import Loader, micro_batches_per_step, owned_lanes
-from megablip.errors import CheckpointError, MegablipError, ShardError
-from megablip.records import DIGESTS, PackedSequence, VisualLayout
+from megablip.data import samples
+from megablip.data.loader import Loader, micro_batches_per_step, owned_lanes, setup_of
+from megablip.data.samples import SampleReader
+from megablip.data.shards import HEAD_BYTES
+from megablip.errors import CheckpointError, MegablipError, SampleError, ShardError
+from megablip.records import DIGESTS, PackedSequence, SampleAddress, VisualLayout
 from tests.data.builders import write_tar
 from tokenization.train import train_tokenizer
 
@@ -240,6 +244,52 @@ def test_bad_samples_are_skipped_and_written_once_delivered(reference):
             assert shard.read(3) in (b"no ", b"\xff\xd8\xff")
     used = {key for batch in batches for micro_batch in batch.micro_batches for key in micro_batch.keys}
     assert not any(key.startswith("c") and int(key[1:]) % 11 in (5, 7) for key in used)
+
+
+def test_an_image_is_measured_by_its_head_or_by_all_of_it(data, tmp_path, monkeypatch):
+    """The size of a JPEG in its first bytes, behind a long comment, behind one that ends beyond the head, nowhere."""
+    pixels, noise = jpeg(1), np.random.default_rng(0).bytes(60_000)
+
+    def behind(*sizes):
+        segments = b"".join(b"\xff\xfe" + struct.pack(">H", 2 + size) + noise[:size] for size in sizes)
+        return pixels[:2] + segments + pixels[2:] + noise[:30_000]
+
+    images = [behind(0), behind(500), behind(20_000), behind(HEAD_BYTES - 4), behind(60_000, 60_000)]
+    images += [b"\xff\xd8\xff" + bytes(30_000), noise, pixels]
+    write_tar(tmp_path / "0.tar", [{"jpg": image, "txt": b"words"} for image in images])
+    source = {"name": "c", "shards": str(tmp_path / "0.tar"), "schema": "caption", "weight": 1}
+    config = config_of(data, tmp_path, data__sources=[source])
+    reader = SampleReader(setup_of(config, str(data / "tokenizer"), LAYOUT, [0], None, 0))
+
+    def measured(number):
+        try:
+            return reader.measure(SampleAddress(0, 0, number))
+        except SampleError as error:
+            return str(error)
+
+    found = [measured(number) for number in range(len(images))]
+    monkeypatch.setattr(samples, "_is_jpeg", lambda head, size: False)
+    assert found == [measured(number) for number in range(len(images))]
+    assert [isinstance(cost, tuple) for cost in found] == [True] * 5 + [False] * 2 + [True]
+
+
+def test_batches_that_are_held_stay_as_they_are_and_hold_nothing_up(data, tmp_path):
+    """More steps than the workers have memory for: tiles are copied then; of those let go the memory is used again."""
+    changes = {"data__prefetch_bytes": 0, "batch": {"lanes": 2}}
+    with loader_of(data, tmp_path / "a", data__decode_workers=0, **changes) as loader:
+        expected = [list(map(documents, batch.micro_batches)) for batch in islice(loader, 40)]
+    with loader_of(data, tmp_path / "b", data__decode_workers=2, **changes) as loader:
+        held = list(islice(loader, 30))
+        slots = [helper.slots for helper in loader._pipeline.helpers if helper.slots]
+        addresses = {micro.tiles.data_ptr() for batch in held for micro in batch.micro_batches}
+        memory = [range(s._bytes.ctypes.data, s._bytes.ctypes.data + s._bytes.nbytes) for s in slots]
+        inside = [address for address in addresses if any(address in part for part in memory)]
+        assert 0 < len(inside) < len(addresses)
+        assert [list(map(documents, batch.micro_batches)) for batch in held] == expected[:30]
+        del held
+        assert [list(map(documents, batch.micro_batches)) for batch in islice(loader, 10)] == expected[30:]
+        last = next(loader)
+    assert all(documents(micro_batch) for micro_batch in last.micro_batches)  # also once the loader is closed
 
 
 def test_bad_shards(tmp_path, data):

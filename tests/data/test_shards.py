@@ -186,6 +186,23 @@ def test_a_member_too_large_is_a_bad_sample(shard, monkeypatch):
     assert shard.read_bytes()[offset : offset + 7] == b"text 11"
 
 
+def test_of_a_long_member_the_head_may_be_enough(tmp_path):
+    long, short = bytes(range(256)) * 128, b"s" * 9000
+    path = write_tar(tmp_path / "a.tar", [{"txt": b"words", "jpg": long, "png": long, "gif": short}] * 2)
+    source, asked = ShardSource("test", [str(path)]), []
+
+    def is_enough(head, size):
+        asked.append((head, size))
+        return len(asked) == 1
+
+    _, members = source.read(0, 1, is_enough)
+    assert members == {"txt": b"words", "jpg": long[: shards.HEAD_BYTES], "png": long, "gif": short}
+    assert asked == [(long[: shards.HEAD_BYTES], len(long))] * 2
+    os.truncate(path, source.where(0, 1)[2] + 2000)
+    with pytest.raises(ShardError, match="ends early"):
+        source.read(0, 1, lambda head, size: True)
+
+
 # --- remote shards ------------------------------------------------------------
 
 
