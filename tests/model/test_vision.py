@@ -142,6 +142,14 @@ def test_a_model_of_each(make, tmp_path):
         )
 
 
+@pytest.mark.parametrize("make", [siglip, siglip2])
+def test_a_pooling_head_is_kept_but_never_run(make):
+    tower = tower_of(make())
+    tower.head.register_forward_hook(lambda *_: pytest.fail("the head was run"))
+    encode_tiles(tower, images())
+    assert "head.probe" in tower.state_dict()
+
+
 def test_the_tower_of_a_whole_model():
     """`config.json` of a released SigLIP or CLIP describes its text model, too."""
     for whole, part in ((SiglipConfig(), "siglip_vision_model"), (CLIPConfig(), "clip_vision_model")):
