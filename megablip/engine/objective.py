@@ -50,7 +50,7 @@ class PreferenceObjective:
     Two forwards and one backward for each micro-batch, in the same order on every rank.
     """
 
-    sums = PREFERENCE_SUMS
+    sums = (*PREFERENCE_SUMS, "kl")  # kl: of the next token from the reference, the mean over an answer pair's labels
 
     def __init__(self, config: PreferenceConfig):
         self._config = config
@@ -60,14 +60,17 @@ class PreferenceObjective:
 
     def __call__(self, engine, micro_batch, features):
         with torch.no_grad(), without_adapters(engine.module):
-            base = engine(packed=micro_batch, vision_features=features)
-        losses = engine(packed=micro_batch, vision_features=features, by_document=True)
+            base = engine(packed=micro_batch, vision_features=features, by_document=True)
+        losses = engine(packed=micro_batch, vision_features=features, by_document=True, reference_hidden=base.hidden)
         policy, reference = (
             Answers.of(side.document_loss, side.document_labels, micro_batch.pair) for side in (losses, base)
         )
         found = preference_loss(policy, reference, self._config)
+        divergence = Answers.of(-losses.document_divergence, losses.document_labels, micro_batch.pair)
+        labels = divergence.chosen_labels + divergence.rejected_labels
+        kl = ((divergence.chosen + divergence.rejected) / labels).sum()
         losses.loss, losses.document_loss = found.loss, losses.document_loss.detach()
-        return losses, found.detached()
+        return losses, torch.cat([found.detached(), kl.double().reshape(1)])
 
 
 def objective_of(config: Config) -> Objective:

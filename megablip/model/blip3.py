@@ -144,11 +144,15 @@ class PackedLoss(ModelOutput):
         loss: the summed loss over the micro-batch's labels; carries the gradient.
         document_loss: [D] sums; detached, unless the forward was called with `by_document`.
         document_labels: [D] how many labels each sum is over.
+        document_divergence: [D] sums of the next token's KL divergence from a reference, detached; where there is one.
+        hidden: [T, d] the decoder's last hidden states, detached; where the forward was called with `by_document`.
     """
 
     loss: Tensor | None = None
     document_loss: Tensor | None = None
     document_labels: Tensor | None = None
+    document_divergence: Tensor | None = None
+    hidden: Tensor | None = None
 
 
 class Blip3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -239,6 +243,7 @@ class Blip3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         vision_features: Tensor | None = None,
         packed: MicroBatch | None = None,
         by_document: bool = False,
+        reference_hidden: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
@@ -250,6 +255,7 @@ class Blip3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
             vision_features: [N, P, C], the tower's output for `packed.tiles` or for `tiles`;
                 None calls the tower inside, in training with its gradient.
             by_document: let each document's loss carry its gradient, for losses that weigh documents.
+            reference_hidden: [T, d], another model's for the same pack, to measure the distance from it.
             input_ids: int64[B, L], with one `<image>` id for each visual token.
             labels: int64[B, L], aligned with input_ids; gives the mean loss.
             tiles: uint8[N, 3, S, S], those of all rows' images in order.
@@ -261,7 +267,7 @@ class Blip3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
             ConfigError: an id that the decoder has no row for.
         """
         if packed is not None:
-            return self._packed_loss(packed, vision_features, by_document)
+            return self._packed_loss(packed, vision_features, by_document, reference_hidden)
         if inputs_embeds is None:
             is_first = past_key_values is None or past_key_values.get_seq_length() == 0
             if is_first:
@@ -322,13 +328,27 @@ class Blip3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
         return outputs.last_hidden_state.squeeze(0), layout
 
-    def _packed_loss(self, packed: MicroBatch, vision_features: Tensor | None, by_document: bool) -> PackedLoss:
+    def _packed_loss(
+        self,
+        packed: MicroBatch,
+        vision_features: Tensor | None,
+        by_document: bool,
+        reference_hidden: Tensor | None,
+    ) -> PackedLoss:
         hidden, layout = self.packed_hidden_states(packed, vision_features)
-        total, per_row, rows = self.get_output_embeddings()(hidden, packed.labels, by_row=by_document)
-        document = layout.document_index.index_select(0, rows)
-        sums = per_row.new_zeros(2, len(packed.doc_lens))
-        sums = sums.index_add(1, document, torch.stack([per_row, torch.ones_like(per_row)]))
-        return PackedLoss(loss=total, document_loss=sums[0], document_labels=sums[1])
+        found = self.get_output_embeddings()(hidden, packed.labels, by_document, reference_hidden)
+        columns = [found.per_row, torch.ones_like(found.per_row)]
+        columns += [] if found.divergence is None else [found.divergence]
+        document = layout.document_index.index_select(0, found.rows)
+        sums = found.per_row.new_zeros(len(columns), len(packed.doc_lens))
+        loss, labels, *divergence = sums.index_add(1, document, torch.stack(columns))
+        return PackedLoss(
+            loss=found.total,
+            document_loss=loss,
+            document_labels=labels.detach(),
+            document_divergence=divergence[0].detach() if divergence else None,
+            hidden=hidden.detach() if by_document else None,
+        )
 
     def _put_images(self, embeds: Tensor, input_ids: Tensor, features, patch_mask, grids) -> Tensor:
         """[B, L, d] embeddings with those of `<image>` ids replaced, row by row."""

@@ -40,6 +40,7 @@ class TokenLoss(NamedTuple):
     total: Tensor  # float32 scalar, the sum over rows; carries the gradient
     per_row: Tensor  # float32[valid]; detached, or carries a gradient of its own
     rows: Tensor  # int64[valid], the place of each row in `hidden`
+    divergence: Tensor | None = None  # float32[valid], detached: KL(this model || reference) of the next token
 
 
 class LossHead(nn.Linear):
@@ -51,12 +52,23 @@ class LossHead(nn.Linear):
         head(hidden)          -> logits [..., vocabulary]
         head(hidden, labels)  -> TokenLoss, for hidden [T, d] and labels [T]
         head(hidden, labels, by_row=True)  -> the same, where each row's loss carries its gradient
+
+    `reference`, another model's hidden states for the same head, adds how far this one is from it.
     """
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None, by_row: bool = False) -> Tensor | TokenLoss:
+    def forward(
+        self,
+        hidden: Tensor,
+        labels: Tensor | None = None,
+        by_row: bool = False,
+        reference: Tensor | None = None,
+    ) -> Tensor | TokenLoss:
         if labels is None:
             return super().forward(hidden)
-        return next_token_loss(hidden, self.weight, labels, self.bias, by_row)
+        found = next_token_loss(hidden, self.weight, labels, self.bias, by_row)
+        if reference is None:
+            return found
+        return found._replace(divergence=row_divergence(hidden, reference, self.weight, found.rows, self.bias))
 
 
 def next_token_loss(
@@ -247,3 +259,20 @@ class _RowCrossEntropy(torch.autograd.Function):
                 grad_weight += grad_logits.t() @ inputs
         grads = (None if grad is None else grad.to(weight.dtype) for grad in (grad_hidden, grad_weight, grad_bias))
         return (*grads, None, None)
+
+
+@torch.no_grad()
+def row_divergence(
+    hidden: Tensor, reference: Tensor, weight: Tensor, rows: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """float32[N]: KL(p || q) of the next token at `rows`, p by `hidden` and q by `reference`, both [T, d]."""
+    found = hidden.new_empty(len(rows), dtype=torch.float32)
+    chunk_rows = _chunk_rows(weight) // 4  # four times as much is held: both sides, in float32
+    for start in range(0, len(rows), chunk_rows):
+        part = rows[start : start + chunk_rows]
+        p, q = (
+            F.log_softmax(F.linear(side.index_select(0, part), weight, bias), dim=-1, dtype=torch.float32)
+            for side in (hidden, reference)
+        )
+        found[start : start + chunk_rows] = (p.exp() * (p - q)).sum(-1)
+    return found

@@ -107,7 +107,9 @@ def run(topology: Topology, strategy: str, checkpointing: bool) -> dict[str, Any
     for _ in range(STEPS):
         total = 0.0
         for batch in mine:
-            found, _sums = objective(engine, batch, encode_tiles(tower, batch.tiles))
+            found, sums = objective(engine, batch, encode_tiles(tower, batch.tiles))
+            assert len(sums) == len(objective.sums)
+            assert bool(sums[-1] > 0) == bool(batch.pairs), "adapters that do something are a distance from the base"
             engine.backward(found.loss * (topology.world / pairs))
             engine.step({"decoder": OPTIMIZER.lr})
             total += float(found.loss.detach()) / pairs

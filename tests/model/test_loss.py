@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from megablip.model import loss as loss_module
-from megablip.model.loss import LossHead, linear_cross_entropy, next_token_loss, row_cross_entropy
+from megablip.model.loss import LossHead, linear_cross_entropy, next_token_loss, row_cross_entropy, row_divergence
 from megablip.records import IGNORE_LABEL
 
 
@@ -115,3 +115,18 @@ def test_only_what_is_trained_gets_a_gradient(trained):
     linear_cross_entropy(hidden, weight, torch.arange(9), targets, bias, 4)[0].backward()
     assert [name for name, leaf in leaves.items() if leaf.grad is not None] == [trained]
     torch.testing.assert_close(leaves[trained].grad, wanted[0], atol=1e-5, rtol=1e-5)
+
+
+def test_divergence_from_a_reference_is_kl():
+    hidden, weight, bias, _ = tensors(23)
+    reference, rows = torch.randn(23, 12), torch.tensor([1, 5, 22])
+    p, q = (F.log_softmax(F.linear(side[rows], weight, bias), -1) for side in (hidden, reference))
+    wanted = F.kl_div(q, p, log_target=True, reduction="none").sum(-1)
+    torch.testing.assert_close(row_divergence(hidden, reference, weight, rows, bias), wanted)
+    assert row_divergence(hidden, hidden, weight, rows, bias).abs().max() == 0
+    head = LossHead(12, 37)
+    labels = torch.full((23,), IGNORE_LABEL)
+    labels[6] = 3
+    found = head(hidden, labels, True, reference)
+    assert found.divergence.shape == (1,)
+    assert not found.divergence.requires_grad
