@@ -9,7 +9,7 @@ from megablip.errors import ConfigError
 from megablip.model.attention import ATTENTION
 from megablip.model.decoder import build_decoder, check_attention
 
-from .tiny import PAD_ID, VOCABULARY, docs, features_of, gradients, left_padded, pack, prompts, tiny_model
+from .tiny import IMAGE_ID, PAD_ID, VOCABULARY, docs, features_of, gradients, left_padded, pack, prompts, tiny_model
 
 SIZES = {
     "vocab_size": VOCABULARY,
@@ -117,8 +117,27 @@ def test_save_and_load(model, tmp_path):
     with torch.no_grad():
         wanted, found = (m(packed=packed, vision_features=features).loss for m in (model, loaded))
     assert torch.equal(wanted, found)
-    for name, buffer in model.named_buffers():
+    half = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    for name, buffer in model.named_buffers():  # positions in bf16 would be wrong from the 256th token on
         assert torch.equal(buffer, loaded.get_buffer(name)), name
+        assert torch.equal(buffer, half.get_buffer(name)), name
+
+
+def test_sampling(model):
+    inputs = left_padded(prompts())
+
+    def sampled(**options):
+        torch.manual_seed(0)
+        return model.generate(**inputs, max_new_tokens=8, min_new_tokens=8, **options)[
+            :, inputs["input_ids"].shape[1] :
+        ]
+
+    hot = sampled(do_sample=True, temperature=2.0)
+    assert torch.equal(hot, sampled(do_sample=True, temperature=2.0))
+    assert not torch.equal(hot, sampled(do_sample=True, temperature=1.0))
+    assert torch.equal(sampled(do_sample=True, top_k=1), sampled(do_sample=False))
+    assert not (hot == IMAGE_ID).any()
 
 
 @pytest.mark.parametrize(

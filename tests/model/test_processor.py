@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
 from megablip.data.encode import Encoder
 from megablip.errors import ConfigError, SampleError
@@ -270,3 +270,19 @@ def test_generates_from_processed_prompts(processor, folder):
     texts = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert len(texts) == 2
     assert all(isinstance(text, str) for text in texts)
+
+
+def test_serves_transformers_pipeline(chat_folder):
+    """As people who know transformers only would call it."""
+    processor = AutoProcessor.from_pretrained(chat_folder)
+    chat = pipeline("image-text-to-text", model=str(chat_folder), processor=processor)
+    messages, _ = conversation(("user", [png(picture(40, 16)), "a"]))
+    messages[0]["content"][0]["image"] = picture(40, 16)
+    options = {"max_new_tokens": 4, "do_sample": False}
+    found = chat(text=messages, generate_kwargs=options, return_tensors=True)[0]["generated_token_ids"]
+    inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+    assert torch.equal(found, chat.model.generate(**inputs, **options)[0])
+    messages.append({"role": "assistant", "content": [{"type": "text", "text": "a <|end|>"}]})  # to be gone on with
+    begun = chat(text=messages, generate_kwargs=options, return_tensors=True)[0]["generated_token_ids"].tolist()
+    answer = processor.tokenizer("a <|end|>", add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert begun[: inputs["input_ids"].shape[1] + len(answer)] == inputs["input_ids"][0].tolist() + answer
