@@ -1,5 +1,7 @@
 """Random packs through the whole model: what a document gives does not depend on its neighbours."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torch
 from megablip.model.blip3 import Blip3ForConditionalGeneration
 from megablip.records import MicroBatch
 from tests.model.stand_ins import BACKENDS, EXACT, running_on
-from tests.model.tiny import Doc, make_doc, pack, tiny_config
+from tests.model.tiny import IMAGE_ID, Doc, make_doc, pack, tiny_config
 
 GRIDS = [(1, 1), (1, 2), (2, 1), (2, 2)]
 FEW, ALL = 6, 200
@@ -36,8 +38,12 @@ def random_docs(seed: int) -> list[Doc]:
 
 
 def another(doc: Doc, seed: int) -> Doc:
-    """One of the same length and grids, with other text, labels and images."""
-    return make_doc(int((doc.input_ids != 90).sum()), doc.grids, seed)
+    """One of the same length whose images have the same grids and padding, with other text, labels and pixels.
+
+    Other lengths would change the shapes of matrix products, and so how they round.
+    """
+    other = make_doc(int((doc.input_ids != IMAGE_ID).sum()), doc.grids, seed)
+    return replace(other, patch_mask=doc.patch_mask)
 
 
 def features_of(batch: MicroBatch) -> torch.Tensor:
