@@ -22,6 +22,7 @@ salesforce/LAVIS, branch xgen-mm (vlm.py, helpers.py), and of the release v1.5.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -47,6 +48,19 @@ _DECOUPLED = {
     "decoder.lm_head.weight": "lang_model.lm_head.additional_fc.weight",
     "decoder.lm_head.bias": "lang_model.lm_head.additional_fc.bias",
 }
+# A Perceiver resampler and a SigLIP tower; what else may stand in our model has no place there.
+_RELEASED_PARTS = {
+    "sampler.": re.compile(
+        r"latents|layers\.\d+\.0\.(norm_(media|latents)\.(weight|bias)|to_(q|kv|out)\.weight)"
+        r"|layers\.\d+\.1\.(0\.(weight|bias)|[13]\.weight)|(norm|projection)\.(weight|bias)"
+    ),
+    "vision_tower.": re.compile(
+        r"embeddings\.(patch|position)_embedding\.(weight|bias)|post_layernorm\.(weight|bias)|head\.[\w.]+"
+        r"|encoder\.layers\.\d+\.(layer_norm[12]|self_attn\.(q|k|v|out)_proj|mlp\.fc[12])\.(weight|bias)"
+    ),
+    "decoder.": re.compile(r"(?!.*lora)(model|lm_head)\.[\w.]+"),
+}
+
 _HEAD, _HEAD_BIAS = "decoder.lm_head.weight", "decoder.lm_head.bias"
 
 
@@ -167,10 +181,11 @@ def released_name(ours: str) -> str:
         CheckpointError: the name belongs to no part of the released layout.
     """
     for part, released in _PARTS.items():
-        if ours.startswith(part):
+        if ours.startswith(part) and _RELEASED_PARTS[part].fullmatch(ours.removeprefix(part)):
             return released + ours.removeprefix(part)
     raise CheckpointError(
-        f"{ours} has no place in the released layout", remedy=f"its parts are {', '.join(_PARTS.values())}"
+        f"{ours} has no place in the released layout",
+        remedy="it has a SigLIP tower, a Perceiver resampler and a decoder, adapters merged",
     )
 
 

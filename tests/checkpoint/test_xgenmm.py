@@ -182,7 +182,15 @@ def test_names():
     assert bare_name("vlm.lang_model.lm_head.bias") == bare_name("module.lang_model.lm_head.bias")
     wrapped = "module.lang_model.model.layers.3._checkpoint_wrapped_module.mlp.down_proj.weight"
     assert bare_name(wrapped) == released_name("decoder.model.layers.3.mlp.down_proj.weight")
-    with pytest.raises(CheckpointError, match=r"lora.down has no place in the released layout"):
-        released_layout({"lora.down": (3, 4)}, first_added=2)
+    for other in (
+        "lora.down",
+        "sampler.layers.0.0.to_q.lora_A.weight",
+        "sampler.0.weight",
+        "vision_tower.embeddings.class_embedding",  # CLIP's
+        "decoder.transformer.wte.weight",
+        "decoder.model.layers.0.mlp.down_proj.lora_B.weight",
+    ):
+        with pytest.raises(CheckpointError, match=f"{other} has no place in the released layout"):
+            released_layout({other: (3, 4)}, first_added=2)
     with pytest.raises(CheckpointError, match="has 10 rows, too few for 3 added tokens from id 8 on"):
         released_layout({"decoder.lm_head.weight": (10, 4)}, first_added=8)
