@@ -28,7 +28,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
 from megablip.errors import ConfigError, PackingError
-from megablip.model.decoder import build_decoder
+from megablip.model.decoder import as_loss_head, build_decoder
 from megablip.model.layout import layout_from_config
 from megablip.model.packing import PackedLayout
 from megablip.model.processor import Blip3Processor
@@ -226,8 +226,8 @@ class Blip3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.decoder.get_output_embeddings()
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.decoder.set_output_embeddings(new_embeddings)
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.decoder.set_output_embeddings(as_loss_head(new_embeddings))
 
     def forward(
         self,

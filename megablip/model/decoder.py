@@ -51,6 +51,16 @@ def build_decoder(config: PreTrainedConfig, head_bias: bool) -> PreTrainedModel:
     return decoder
 
 
+def as_loss_head(head: nn.Linear) -> LossHead:
+    """An output head that can go straight to the loss, with the weight and bias of `head`."""
+    if isinstance(head, LossHead):
+        return head
+    with torch.device("meta"):
+        own = LossHead(head.in_features, head.out_features, bias=head.bias is not None)
+    own.weight, own.bias = head.weight, head.bias
+    return own
+
+
 def check_attention(config: PreTrainedConfig) -> None:
     """Run a decoder without storage and look at what each layer hands to the attention (0.2 s for Phi-3-mini).
 

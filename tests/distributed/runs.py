@@ -34,9 +34,13 @@ TOWER = {
 }  # fmt: skip
 
 
-def make_start(folder: Path) -> None:
-    """folder/start: a model to train; folder/data: shards of images with captions, and of text."""
-    from transformers import SiglipVisionConfig, SiglipVisionModel
+def make_start(folder: Path, decoder: dict[str, Any] | None = None, tower: dict[str, Any] | None = None) -> None:
+    """folder/start: a model to train; folder/data: shards of images with captions, and of text.
+
+    Args:
+        decoder, tower: what their configs have in place of Phi-3's and SigLIP's, with `model_type`.
+    """
+    from transformers import AutoConfig, AutoModel
 
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
@@ -46,8 +50,10 @@ def make_start(folder: Path) -> None:
     corpus.write_text("\n".join(sentences))
     run_python("-m", "tokenization", "train", "--input", str(corpus), "--vocab-size", "300",
                "--out", str(folder / "tokenizer"))  # fmt: skip
-    SiglipVisionModel(SiglipVisionConfig(**TOWER)).save_pretrained(folder / "tower")
-    (folder / "model.yaml").write_text(yaml.safe_dump(MODEL))
+    vision = {"model_type": "siglip_vision_model"} | TOWER | (tower or {})
+    AutoModel.from_config(AutoConfig.for_model(**vision)).save_pretrained(folder / "tower")
+    model = MODEL | {"decoder": MODEL["decoder"] | (decoder or {})}
+    (folder / "model.yaml").write_text(yaml.safe_dump(model))
     run_python("-m", "megablip.cli", "convert", "init", str(folder / "start"), "--tower", str(folder / "tower"),
                "--tokenizer", str(folder / "tokenizer"), "--model", str(folder / "model.yaml"))  # fmt: skip
     for shard in range(3):

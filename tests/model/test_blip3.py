@@ -316,3 +316,23 @@ def test_broken_model_folders_are_config_errors(tmp_path):
 def test_layout_needs_neither_torch_nor_transformers():
     check = "import sys, megablip.model.layout; sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+def test_rows_can_be_added(tmp_path):
+    """By transformers' way, which makes the head anew."""
+    model = tiny_model()
+    head = model.get_output_embeddings()
+    packed = pack(docs())
+    features = features_of(model, packed)
+    with torch.no_grad():
+        before = model(input_ids=packed.input_ids[None, :12]).logits
+    model.resize_token_embeddings(104)
+    assert model.config.text_config.vocab_size == 104
+    assert model.get_input_embeddings().weight.shape == (104, 48)
+    torch.testing.assert_close(model(input_ids=packed.input_ids[None, :12]).logits[..., :96], before)
+    assert torch.equal(model.get_output_embeddings().bias[:96], head.bias)
+    model(packed=packed, vision_features=features).loss.backward()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    ids = torch.tensor([[1, 103, 5]])
+    assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
