@@ -99,6 +99,40 @@ def merge_lora(
     merge_lora(adapter, base, output, dtype, remote_code)
 
 
+@convert_app.command("xgenmm-to-hf")
+def xgenmm_to_hf(
+    source: Annotated[Path, typer.Argument(help="released xGen-MM weights: folder, safetensors or .pt file")],
+    output: Annotated[Path, typer.Argument(help="folder to write")],
+    config: Annotated[Path | None, typer.Option(help="config.json, for other sizes than those of v1.5")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="folder of the decoder's tokenizer [default: SOURCE]")] = None,
+    tower: Annotated[Path | None, typer.Option(help="folder of the SigLIP model, if SOURCE lacks its weights")] = None,
+    dtype: Dtype = "fp32",
+    remote_code: RemoteCode = False,
+) -> None:
+    """Turn released xGen-MM weights into a Hugging Face folder; say which values have no place in it."""
+    from megablip.convert.xgenmm import xgenmm_to_hf
+
+    lost = xgenmm_to_hf(
+        source, output, config=config, tokenizer=tokenizer, tower=tower, dtype=dtype, remote_code=remote_code
+    )
+    for line in lost:
+        print(f"no place: {line}")
+
+
+@convert_app.command("hf-to-xgenmm")
+def hf_to_xgenmm(
+    source: Annotated[Path, typer.Argument(help="Hugging Face folder of a megablip model")],
+    output: Annotated[Path, typer.Argument(help="folder to write")],
+    dtype: Dtype = "fp32",
+    bare_names: Annotated[bool, typer.Option("--bare-names", help="without `vlm.` before each name")] = False,
+) -> None:
+    """Write a model under the released xGen-MM names; say what has no place there, or no value here."""
+    from megablip.convert.xgenmm import hf_to_xgenmm
+
+    for line in hf_to_xgenmm(source, output, dtype=dtype, bare_names=bare_names):
+        print(line)
+
+
 @convert_app.command("init")
 def init(
     output: Annotated[Path, typer.Argument(help="folder to write")],

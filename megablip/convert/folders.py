@@ -31,17 +31,23 @@ def copy_companions(
     for path in start.iterdir():
         if path.suffix in _COMPANIONS and not path.name.startswith(("model.", "adapter_")):
             shutil.copyfile(path, folder / path.name)
-    for name, auto_map in AUTO_MAPS.items():
+    for name in AUTO_MAPS:
         if name == "config.json" or (folder / name).exists():
             config = read_json(folder / name) | (changes or {})
             config.pop("auto_map", None)  # its code is not copied
             if name == "config.json":
                 config["dtype"] = str(dtype).removeprefix("torch.")
-            if remote_code:
-                config["auto_map"] = auto_map
-            (folder / name).write_text(json.dumps(config, indent=2))
+            _write_json(folder / name, config)
     if remote_code:
-        write_remote_code(folder)
+        write_remote_code_into(folder)
+
+
+def write_remote_code_into(folder: Path) -> None:
+    """Put the model's code beside its config and processor, and name it there."""
+    for name, auto_map in AUTO_MAPS.items():
+        if (folder / name).exists():
+            _write_json(folder / name, read_json(folder / name) | {"auto_map": auto_map})
+    write_remote_code(folder)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -50,6 +56,10 @@ def read_json(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"the file can't be read: {error}", where=str(path), remedy="copy it again") from None
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2))
 
 
 def say_written(output: Path, source: Path | str) -> None:

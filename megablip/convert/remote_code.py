@@ -42,7 +42,7 @@ AUTO_MAPS = {
 }
 """Which class transformers takes from where, by the file that says so."""
 
-REQUIRED = {"numpy", "packaging", "PIL", "tokenizers", "torch", "transformers"}
+REQUIRED = {"jinja2", "numpy", "packaging", "PIL", "tokenizers", "torch", "transformers"}
 
 
 def write_remote_code(folder: Path) -> None:
