@@ -44,7 +44,8 @@ def build_decoder(config: PreTrainedConfig, head_bias: bool) -> PreTrainedModel:
     try:
         decoder = AutoModelForCausalLM.from_config(config, attn_implementation=config._attn_implementation or ATTENTION)
     except Exception as error:  # no causal language model, or none whose attention can be replaced
-        raise _refused(config, f"transformers can't build it ({str(error).splitlines()[0]})") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise _refused(config, f"transformers can't build it ({reason})") from error
     _check_head(decoder)
     head = decoder.get_output_embeddings()
     decoder.set_output_embeddings(LossHead(head.in_features, head.out_features, bias=head_bias))
