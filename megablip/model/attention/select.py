@@ -136,7 +136,8 @@ def _failure(candidate: Candidate, needs: Needs) -> str | None:
             x, layout = _few_tokens(needs, size)
             out = candidate.run(x, x, x, layout_q=layout, layout_k=layout, causal=True, scale=1.0, window=None)
             out.sum().backward()
-            if not torch.allclose(out, x):  # the mean of a document's equal values
+            # The mean of a document's equal values.
+            if not (torch.allclose(out, x, rtol=0.02) and x.grad.isfinite().all()):
                 raise ArithmeticError("its result is wrong")
     except Exception as error:
         candidate.restore()
