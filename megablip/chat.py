@@ -21,15 +21,9 @@ from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from megablip.errors import ConfigError
-from megablip.tokens import CHAT_TOKENS, Tokenizer
+from megablip.tokens import CHAT_TOKENS, PHI3_TEMPLATE, Tokenizer
 
 Role = Literal["system", "user", "assistant"]
-
-# As the model card of microsoft/Phi-3-mini-4k-instruct describes it.
-PHI3_TEMPLATE = (
-    "{% for message in messages %}{{ '<|' + message.role + '|>\n' + message.content + '<|end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
-)
 
 _PROBES = {"system": "qsx", "user": "qux", "assistant": "qax"}
 # transformers' own tag, which marks what an assistant says; it changes nothing in the text.

@@ -30,6 +30,12 @@ VISION_TOKENS = (IMAGE_TOKEN, IMAGE_PLACEHOLDER_TOKEN, END_OF_CHUNK_TOKEN)
 # Phi-3's chat format. Models that are only pre-trained do without.
 CHAT_TOKENS = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>", "end": "<|end|>"}
 
+# As the model card of microsoft/Phi-3-mini-4k-instruct describes it.
+PHI3_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message.role + '|>\n' + message.content + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+
 # Markup of BLIP-3's OCR captions (arXiv 2408.08872, figure 4).
 OCR_TAGS = ("<ocr>", "</ocr>", "<bbox>", "</bbox>")
 # and of its grounding captions, beside <bbox>.

@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from megablip.chat import PHI3_TEMPLATE, chat_format
+from megablip.chat import chat_format
 from megablip.data.encode import Encoder
 from megablip.errors import ConfigError
 from megablip.records import IGNORE_LABEL, Document, Image, Text
-from megablip.tokens import CHAT_TOKENS, Tokenizer
+from megablip.tokens import CHAT_TOKENS, PHI3_TEMPLATE, Tokenizer
 from tests.data.small import LAYOUT, image, write_tokenizer
 
 # In transformers' own style, each with the tag that marks what the assistant says.

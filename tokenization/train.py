@@ -16,9 +16,8 @@ from pathlib import Path
 import sentencepiece
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from megablip.chat import PHI3_TEMPLATE
 from megablip.errors import ConfigError
-from megablip.tokens import CHAT_TOKENS, OCR_TAGS, PAD_TOKEN, VISION_TOKENS
+from megablip.tokens import CHAT_TOKENS, OCR_TAGS, PAD_TOKEN, PHI3_TEMPLATE, VISION_TOKENS
 
 UNK, BOS, EOS = "<unk>", "<s>", "</s>"
 SPACE = "\u2581"

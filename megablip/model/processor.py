@@ -13,17 +13,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 from transformers.image_utils import load_image
 
-from megablip.chat import PHI3_TEMPLATE
 from megablip.data.images import choose_grid, image_size, make_tiles
 from megablip.errors import ConfigError, SampleError
 from megablip.records import VisualLayout
-from megablip.tokens import CHAT_TOKENS, END_OF_CHUNK_TOKEN, IMAGE_TOKEN, PAD_TOKEN
+from megablip.tokens import CHAT_TOKENS, END_OF_CHUNK_TOKEN, IMAGE_TOKEN, PAD_TOKEN, PHI3_TEMPLATE
 
 # Around the text of a message (private-use characters), to tell it from what the template writes.
 _OPEN, _CLOSE = "\U000f0000", "\U000f0001"
@@ -224,6 +222,8 @@ class Blip3Processor(ProcessorMixin):
         """Control tokens that the chat template writes."""
         if self.chat_template is None:
             return set()
+        from jinja2 import TemplateError  # transformers needs it for templates only
+
         special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         found: set[str] = set()
         for roles in (("user", "assistant"), ("system", "user")):  # some templates refuse the system's turn
