@@ -160,7 +160,7 @@ def _candidates() -> Iterator[Candidate]:
     yield from (_torch_with("FA3", "flash_attn_interface", 9), _torch_with("FA4", "flash_attn.cute.interface", 9, 10))
     version = _version("flash-attn")
     yield Candidate("flash_attn", f"flash-attn {version or 2}", _flash_attn_obstacle, kernels.flash_attn)
-    yield Candidate("torch_varlen", f"torch {torch.__version__}", _torch_obstacle, kernels.torch_varlen)
+    yield Candidate("torch_varlen", f"torch {torch.__version__}'s own", _torch_obstacle, kernels.torch_varlen)
     yield Candidate("per_document", "SDPA per document", lambda needs: None)
     yield Candidate("dense", "SDPA with a block-diagonal mask", lambda needs: None)
 
