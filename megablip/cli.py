@@ -133,18 +133,82 @@ def hf_to_xgenmm(
         print(line)
 
 
+@convert_app.command("average")
+def average(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="run directory")],
+    output: Annotated[Path, typer.Argument(help="folder to write")],
+    last: Annotated[int, typer.Option(help="how many checkpoints, counted from the newest")] = 2,
+    dtype: Dtype = "fp32",
+    remote_code: RemoteCode = False,
+) -> None:
+    """Write the mean of a run's last checkpoints as Hugging Face weights."""
+    from megablip.convert.average import average
+
+    average(run_dir, output, last, dtype, remote_code)
+
+
+@convert_app.command("inspect")
+def inspect(
+    source: Annotated[Path, typer.Argument(help="checkpoint of any kind")],
+    depth: Annotated[int, typer.Option(help="parts of a name that make a row", min=0)] = 3,
+) -> None:
+    """Show what a checkpoint holds, from its manifest and headers alone."""
+    from megablip.convert.inspect import inspect
+
+    inspect(source, depth)
+
+
+@convert_app.command("verify")
+def verify(source: Annotated[Path, typer.Argument(help="checkpoint of any kind")]) -> None:
+    """Check hashes, shapes and that all values are finite. Ends with 1, and the list, if something is wrong."""
+    from megablip.convert.verify import verify
+
+    wrong = verify(source)
+    for line in wrong:
+        print(line, file=sys.stderr)
+    print(f"{source}: {f'{len(wrong)} things are wrong' if wrong else 'whole'}")
+    raise typer.Exit(1 if wrong else 0)
+
+
+@convert_app.command("diff")
+def diff(
+    one: Annotated[Path, typer.Argument(help="checkpoint of any kind")],
+    other: Annotated[Path, typer.Argument(help="checkpoint of any kind")],
+) -> None:
+    """Compare two checkpoints: names, shapes, values.
+
+    Ends with 0 if they are the same, with 1 if not, with 2 if it can't tell.
+    """
+    from megablip.convert.diff import diff
+
+    try:
+        same = diff(one, other)
+    except MegablipError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    raise typer.Exit(0 if same else 1)
+
+
 @convert_app.command("init")
 def init(
     output: Annotated[Path, typer.Argument(help="folder to write")],
-    tower: Annotated[Path, typer.Option(help="folder of a SigLIP vision model")],
-    tokenizer: Annotated[Path, typer.Option(help="folder of a tokenizer with the added tokens")],
-    model: Annotated[Path, typer.Option(help="YAML: decoder, sampler and grids")],
+    tower: Annotated[Path, typer.Option(help="folder of a SigLIP or CLIP model, or of its vision part")],
+    decoder: Annotated[
+        Path | None, typer.Option(help="folder of a causal language model [default: random, of the sizes in --model]")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="folder of a tokenizer; gets the tokens it lacks [default: the decoder's]")
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="YAML: sampler, grids, a random decoder's sizes [default: those of xGen-MM]")
+    ] = None,
     seed: int = 0,
+    dtype: Dtype = "fp32",
 ) -> None:
-    """Make the folder a stage starts from: a given tower, the rest random."""
+    """Make the folder a stage starts from: given tower and decoder, or a random one; the sampler is random."""
     from megablip.convert.init import init_model
 
-    init_model(output, tower=tower, tokenizer=tokenizer, model=model, seed=seed)
+    init_model(output, tower=tower, tokenizer=tokenizer, decoder=decoder, model=model, seed=seed, dtype=dtype)
 
 
 @app.command("eval")

@@ -103,6 +103,10 @@ class Tokenizer:
         """The same with control tokens by their names, for people to look at."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
+    def id_of(self, token: str) -> int | None:
+        """The id of a token, control tokens included; None if there is no such token."""
+        return self._tokenizer.token_to_id(token)
+
     def __reduce__(self):
         # Pickled as its path: tokenizers' own pickling forgets encode_special_tokens,
         # and a worker would let text forge special tokens.

@@ -35,7 +35,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -293,6 +293,18 @@ def newest_committed(run_dir: Path) -> Path:
     return folders[-1]
 
 
+def manifest_of(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A checkpoint's files with their sizes and hashes, and its trainer state; nothing is verified.
+
+    Raises:
+        CheckpointError: one of the two can't be read.
+    """
+    try:
+        return json.loads((folder / _MANIFEST).read_text())["files"], json.loads((folder / _TRAINER_STATE).read_text())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"the manifest can't be read: {error}", where=str(folder)) from None
+
+
 def config_of(folder: Path) -> Config:
     """The recipe that a checkpoint was made with; nothing else of it is read or verified.
 
@@ -317,22 +329,30 @@ def _open(folder: Path) -> Checkpoint:
     return Checkpoint(folder, trainer_state)
 
 
-def _verify(folder: Path, part: int, parts: int) -> str | None:
-    """What is wrong with this part of the files, or None."""
+def problems(folder: Path, part: int = 0, parts: int = 1) -> Iterator[str]:
+    """What is wrong with every parts-th file of a checkpoint, as the manifest tells; nothing if it is whole."""
     try:
         manifest = (folder / _MANIFEST).read_bytes()
         if hashlib.sha256(manifest).hexdigest().encode() != (folder / _COMMITTED).read_bytes():
-            return f"{_MANIFEST} does not match {_COMMITTED}"
+            yield f"{_MANIFEST} does not match {_COMMITTED}"
         files = sorted(json.loads(manifest)["files"].items())
-        for name, expected in files[part::parts]:
+    except (OSError, ValueError, KeyError) as error:
+        yield f"{type(error).__name__}: {error}"
+        return
+    for name, expected in files[part::parts]:
+        try:
             _, actual = _describe(folder / name, sync=False)
             if actual["size"] != expected["size"]:
-                return f"{name} has {actual['size']} bytes instead of {expected['size']}"
-            if actual != expected:
-                return f"{name} has another SHA-256 than when it was written"
-    except (OSError, ValueError, KeyError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
+                yield f"{name} has {actual['size']} bytes instead of {expected['size']}"
+            elif actual != expected:
+                yield f"{name} has another SHA-256 than when it was written"
+        except (OSError, KeyError, TypeError) as error:
+            yield f"{type(error).__name__}: {error}"
+
+
+def _verify(folder: Path, part: int, parts: int) -> str | None:
+    """The first problem, or None."""
+    return next(problems(folder, part, parts), None)
 
 
 def _staging(final: Path) -> Path:

@@ -28,12 +28,14 @@ class TrainedModel:
     Attributes:
         start: the export that the run began with.
         weights: all tensors of the export, under its names; fp32 where they were trained.
+        trained: names of those that training changed.
     """
 
     folder: Path
     start: ExportReader
     model: ModelConfig
     weights: TensorSource
+    trained: set[str]
 
     @property
     def config_changes(self) -> dict[str, Any]:
@@ -100,7 +102,8 @@ def open_trained(source: Path) -> TrainedModel:
                 for module in adapters
             },
         )
-    return TrainedModel(folder, start, model, weights)
+    changed = (found & set(shapes)) | {f"{module}.weight" for module in adapters}
+    return TrainedModel(folder, start, model, weights, changed)
 
 
 @contextmanager

@@ -68,7 +68,7 @@ def xgenmm_to_hf(
     layout = released_layout(shapes, first_added=first, table_rows=rows)
     stored = _with_tower(stored, layout, tower, source)
     _check(stored, layout, source)
-    ours = Spliced(source, shapes, _dtypes_of_ours(shapes, layout, stored), _spans_of_ours(shapes, layout, stored))
+    ours = Spliced(source, shapes, dtypes_of_ours(shapes, layout, stored), spans_of_ours(shapes, layout, stored))
     tokenizer = tokenizer or (source if (source / "tokenizer.json").exists() else None)
     with new_folder(output) as staging:
         blip3_config.dtype = torch_dtype
@@ -154,9 +154,10 @@ def bare(source: TensorSource) -> TensorSource:
     return Joined(source.where, {short: (source, name) for short, name in names.items()})
 
 
-def _dtypes_of_ours(
+def dtypes_of_ours(
     shapes: Mapping[str, tuple[int, ...]], layout: Iterable[ReleasedTensor], stored: TensorSource
 ) -> dict[str, torch.dtype]:
+    """What each of our tensors is stored in."""
     return {name: stored.dtypes[parts[0][0].name] for name, parts in our_sources(layout).items() if name in shapes}
 
 
@@ -201,9 +202,10 @@ def _check(stored: TensorSource, layout: list[ReleasedTensor], where: Path) -> N
             )
 
 
-def _spans_of_ours(
+def spans_of_ours(
     shapes: Mapping[str, tuple[int, ...]], layout: list[ReleasedTensor], stored: TensorSource
 ) -> dict[str, list[Span]]:
+    """Where the elements of each of our tensors lie among the released ones."""
     return {
         name: [
             _span(shapes[name], rows.ours_start, rows.ours_end, stored, tensor.name, rows.start)
