@@ -14,7 +14,7 @@ from rich.table import Table
 from megablip.checkpoint.tensors import TensorSource
 from megablip.checkpoint.xgenmm import bare_name, released_layout
 from megablip.convert.kinds import open_weights
-from megablip.convert.sources import Spliced, stretches
+from megablip.convert.sources import Joined, Spliced, stretches
 from megablip.convert.xgenmm import bare, dtypes_of_ours, spans_of_ours
 
 _RELEASED_FIRST_ADDED = 32012
@@ -112,10 +112,10 @@ def _as_ours(released: TensorSource, ours: TensorSource, path: Path) -> TensorSo
         for tensor in released_layout(shapes, first_added=first, table_rows=rows)
         if stored.shapes.get(tensor.name) == tensor.shape
     ]
-    spans = spans_of_ours(shapes, layout, stored)
-    return Spliced(
-        released.where, {name: shapes[name] for name in spans}, dtypes_of_ours(shapes, layout, stored), spans
-    )
+    spans, dtypes = spans_of_ours(shapes, layout, stored), dtypes_of_ours(shapes, layout, stored)
+    placed = Spliced(released.where, {name: shapes[name] for name in spans}, dtypes, spans)
+    others = stored.shapes.keys() - {tensor.name for tensor in layout}
+    return Joined(released.where, {name: (placed, name) for name in spans} | {name: (stored, name) for name in others})
 
 
 def _compare(a: torch.Tensor, b: torch.Tensor) -> tuple[int, float, float]:
