@@ -114,29 +114,41 @@ class Encoder:
         Raises:
             SampleError: an image is broken.
         """
-        layout = self.layout
         if out is None:
-            out = empty_tiles(encoded.tiles, layout.tile_size)
-        patch_mask = np.empty((encoded.tiles, layout.patches_per_tile), bool)
-        positions = np.empty(encoded.tiles * layout.tokens_per_tile, np.int32)
-        first = 0  # tile of the image
+            out = empty_tiles(encoded.tiles, self.layout.tile_size)
+        return self.with_pixels(encoded, source_index, out, self.cut_images(encoded, out))
+
+    def cut_images(self, encoded: EncodedDocument, out: np.ndarray) -> list[np.ndarray]:
+        """The part of `decode` that takes long: writes the tiles, and gives the patch mask of each image.
+
+        Raises:
+            SampleError: an image is broken.
+        """
+        masks, first = [], 0  # tile of the image
         for number, image in enumerate(encoded.images):
-            tiles = slice(first, first + layout.tiles(image.grid))
+            end = first + self.layout.tiles(image.grid)
             try:
-                _, patch_mask[tiles] = make_tiles(
-                    image.data, image.grid, layout, out=out[tiles], dct_scaling=self._dct_scaling
+                _, mask = make_tiles(
+                    image.data, image.grid, self.layout, out=out[first:end], dct_scaling=self._dct_scaling
                 )
             except SampleError as error:
                 raise _located(error, encoded, number) from None
-            slots = positions[tiles.start * layout.tokens_per_tile : tiles.stop * layout.tokens_per_tile]
-            slots[:] = np.arange(image.start, image.start + len(slots))
-            first = tiles.stop
+            masks.append(mask)
+            first = end
+        return masks
+
+    def with_pixels(
+        self, encoded: EncodedDocument, source_index: int, tiles: np.ndarray, masks: list[np.ndarray]
+    ) -> DecodedDocument:
+        """The rest of `decode`: the document with its tiles and with the masks of its images."""
+        per_tile = self.layout.tokens_per_tile
+        slots = [np.arange(i.start, i.start + self.layout.tiles(i.grid) * per_tile) for i in encoded.images]
         return DecodedDocument(
             input_ids=encoded.input_ids,
             labels=encoded.labels,
-            visual_positions=positions,
-            tiles=out,
-            patch_mask=patch_mask,
+            visual_positions=np.concatenate([np.zeros(0, np.int32), *slots], dtype=np.int32),
+            tiles=tiles,
+            patch_mask=np.concatenate([np.zeros((0, self.layout.patches_per_tile), bool), *masks]),
             grids=np.array([image.grid for image in encoded.images], dtype=np.int32).reshape(-1, 2),
             source=source_index,
             key=encoded.key,

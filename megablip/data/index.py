@@ -11,7 +11,7 @@ archive ends, a fingerprint of all its headers, and its damaged ranges, each wri
 `<offset>-<end>:<samples dropped>:<reason>` with `_` for a space.  `wds2idx` writes
 none of these; its indexes are used, too.
 
-A line is parsed when its sample is asked for, so an open index holds 8 bytes a sample.
+A line is parsed when its sample is asked for.  An open index holds its text up to 1 MB, and 8 bytes a sample.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from megablip.data.tar import BLOCK_BYTES, MAX_DAMAGES, Damage, Member, Walk, is
 from megablip.errors import MegablipError, ShardError
 
 CHUNK_SAMPLES = 64  # lines read at a time, where samples are read in order: those of a block
+MAX_TEXT_BYTES = 1 << 20  # of an open index; of a longer one lines are read when asked for
 MAX_HEAD_BYTES = 256 + MAX_DAMAGES * 128  # of the first line
 MAX_LINE_BYTES = 1 << 16  # of the first and the last line; where one is longer, the index is made anew each time
 PARALLEL_SHARDS = 8  # from so many shards on, processes that walk them are worth their start
@@ -82,13 +83,19 @@ class IndexHead:
 
 
 class ShardIndex:
-    """Lines of an index: in a file beside the shard, or in memory where none can be written."""
+    """Lines of an index: in memory, or in a file beside the shard where they are many.
 
-    def __init__(self, head: IndexHead, ends: np.ndarray, source: int | bytes, separator: str):
-        self.head = head
-        self._ends = ends  # int64[samples + 1], where each line ends; [0] ends the first line
-        self._source = source  # file descriptor, or the text itself
-        self._separator = separator
+    Args:
+        head: the first line.
+        ends: int64[samples + 1], where each line ends; [0] ends the first line.
+        source: the text, or the descriptor of its file, which is closed with the index.
+        separator: of a line's fields.
+        is_saved: whether a file has the lines.
+    """
+
+    def __init__(self, head: IndexHead, ends: np.ndarray, source: int | bytes, separator: str, is_saved: bool):
+        self.head, self._source, self._separator, self._is_saved = head, source, separator, is_saved
+        self._ends = memoryview(ends)  # numpy is slow to give a single number
         self._lines: list[bytes] = []  # those read last, from that of sample `_first` on
         self._first = self._next = 0
 
@@ -96,28 +103,35 @@ class ShardIndex:
         return len(self._ends) - 1
 
     @property
-    def text_bytes(self) -> int:
-        """Memory that the lines take; 0 where they are a file's."""
-        return len(self._source) if isinstance(self._source, bytes) else 0
+    def unsaved_bytes(self) -> int:
+        """Memory of the lines, where no file has them; else 0."""
+        return 0 if self._is_saved else len(self._source)
 
     @classmethod
     def in_memory(cls, found: Walk) -> ShardIndex:
         # Zeros part the fields: a name that a text line can't hold may have spaces and line ends.
         lines = [_line(sample, "\0") for sample in found.samples]
-        return cls(IndexHead.of(found), np.cumsum([0, *map(len, lines)]), b"".join(lines), "\0")
+        return cls(IndexHead.of(found), np.cumsum([0, *map(len, lines)]), b"".join(lines), "\0", is_saved=False)
 
     @classmethod
     def from_file(cls, descriptor: int) -> ShardIndex | None:
         """None if it is no index, or its number of lines is not what the first line says."""
-        text = np.frombuffer(os.pread(descriptor, os.fstat(descriptor).st_size, 0), np.uint8)
+        found = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
+        text = np.frombuffer(found, np.uint8)
         ends = np.flatnonzero(text == ord("\n")) + 1
         head = IndexHead.parse(text[: min(ends[0], MAX_HEAD_BYTES)].tobytes()) if len(ends) else None
         if head is None or len(ends) != head.samples + 1 or ends[-1] != len(text):
+            os.close(descriptor)
             return None
-        return cls(head, ends, descriptor, " ")
+        if len(text) <= MAX_TEXT_BYTES:
+            os.close(descriptor)
+            return cls(head, ends, found, " ", is_saved=True)
+        return cls(head, ends, descriptor, " ", is_saved=True)
 
     def sample(self, number: int) -> tuple[str, list[Member]] | None:
         """(key, members) of a sample; None if its line is not of the format, or not one webdataset sample."""
+        if isinstance(self._source, bytes):
+            return _parse_line(self._source[self._ends[number] : self._ends[number + 1]], self._separator)
         at = number - self._first
         if not 0 <= at < len(self._lines):
             # The samples of a block are asked for in order; where they are not, more lines would be of no use.
@@ -127,11 +141,9 @@ class ShardIndex:
         return _parse_line(self._lines[at], self._separator)
 
     def _read_lines(self, first: int, count: int) -> list[bytes]:
-        ends = self._ends[first : first + count + 1].tolist()
-        if isinstance(self._source, bytes):
-            return [self._source[start:end] for start, end in pairwise(ends)]
-        text, begin = os.pread(self._source, ends[-1] - ends[0], ends[0]), ends[0]
-        return [text[start - begin : end - begin] for start, end in pairwise(ends)]
+        begin, *ends = self._ends[first : first + count + 1].tolist()
+        text = os.pread(self._source, ends[-1] - begin, begin)
+        return [text[start - begin : end - begin] for start, end in pairwise([begin, *ends])]
 
     def close(self) -> None:
         if not isinstance(self._source, bytes):
@@ -345,7 +357,8 @@ def load_index(path: str, file: BinaryIO) -> ShardIndex | None:
     last = index and index.sample(len(index) - 1)
     if last and _has(file, last[1][-1]):
         return index
-    os.close(descriptor)
+    if index:
+        index.close()
     return None
 
 

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ from megablip.records import DIGESTS, MicroBatch, PackedSequence, Skip, VisualLa
 MAX_STEPS_AHEAD = 8  # more even out nothing, and where steps are small they would cost the training thread its time
 
 
-@dataclass(slots=True)
+@dataclass
 class StepBatch:
     """A rank's share of one global batch.
 
@@ -50,9 +51,9 @@ class StepBatch:
     skipped: tuple[Skip, ...] = ()
     data_wait_s: float = 0.0
 
-    @property
+    @cached_property
     def bytes(self) -> int:
-        """Host memory of the tensors."""
+        """Host memory of the tensors; asked for once all of them are there."""
         tensors = (getattr(micro_batch, f.name) for micro_batch in self.micro_batches for f in fields(micro_batch))
         return sum(tensor.nbytes for tensor in tensors if hasattr(tensor, "nbytes"))
 

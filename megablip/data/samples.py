@@ -86,9 +86,9 @@ class SampleReader:
     def __init__(self, setup: Setup):
         self.sources = open_sources(setup.data, setup.shards)
         self._configs = setup.data.sources
-        self._encoder = Encoder(setup.tokenizer_path, setup.layout, dct_scaling=setup.data.dct_scaling)
+        self.encoder = Encoder(setup.tokenizer_path, setup.layout, dct_scaling=setup.data.dct_scaling)
         if any(config.schema_name in CHAT_SCHEMAS for config in self._configs):
-            self._encoder.require_chat()
+            self.encoder.require_chat()
 
     def encoded(self, address: SampleAddress) -> list[EncodedDocument]:
         """The sample's one document, or the two of a preference pair.
@@ -96,7 +96,7 @@ class SampleReader:
         Raises:
             SampleError: it can't be used.
         """
-        return [self._encoder.encode(document) for document in self._documents(address)]
+        return [self.encoder.encode(document) for document in self._documents(address)]
 
     def measure(self, address: SampleAddress) -> tuple[int, int]:
         """(tokens, tiles) of a sample, from its text and the headers of its images.
@@ -106,9 +106,9 @@ class SampleReader:
         """
         try:
             documents = self._documents(address, _is_jpeg)
-            costs = [self._encoder.measure(document) for document in documents]
+            costs = [self.encoder.measure(document) for document in documents]
         except SampleError:  # perhaps for want of what comes after the heads
-            costs = [self._encoder.measure(document) for document in self._documents(address)]
+            costs = [self.encoder.measure(document) for document in self._documents(address)]
         return sum(tokens for tokens, _ in costs), sum(tiles for _, tiles in costs)
 
     def segments(self, address: SampleAddress) -> list[tuple[int, int]]:
@@ -137,18 +137,6 @@ class SampleReader:
                 remedy="the tokenizer, the layout or the shard changed since: undo that, or start a new run",
             )
         return documents
-
-    def decoded(self, documents: list[EncodedDocument], source: int, out: np.ndarray) -> list[DecodedDocument]:
-        """The documents of a sample with their images as tiles, written to the front of `out`.
-
-        Raises:
-            SampleError: an image is broken.
-        """
-        decoded, tile = [], 0
-        for document in documents:
-            decoded.append(self._encoder.decode(document, source, out[tile : tile + document.tiles]))
-            tile += document.tiles
-        return decoded
 
     def _documents(self, address: SampleAddress, is_enough: HeadRule | None = None) -> tuple[Document, ...]:
         config: SourceConfig = self._configs[address.source]
@@ -230,28 +218,37 @@ def decode(
         out: uint8[at least the planned tiles, 3, S, S]; the sequence's tiles are its front.
     """
     documents: list[DecodedDocument] = []
-    tile = 0
-    for piece, encoded in _read_ahead(reader, planned.documents):
-        try:
-            if isinstance(encoded, SampleError):
-                raise encoded
-            documents += reader.decoded(encoded, piece.address.source, out[tile : tile + piece.tiles])
-        except SampleError as error:
-            skipped += (reader.skip(piece.address, error),)
-        else:
-            tile += piece.tiles
+    encoder, tile = reader.encoder, 0
+    for group in _read_ahead(reader, planned.documents):
+        cut = []
+        for piece, encoded in group:
+            done, end = [], tile
+            try:
+                if isinstance(encoded, SampleError):
+                    raise encoded
+                for document in encoded:
+                    start, end = end, end + document.tiles
+                    masks = encoder.cut_images(document, out[start:end])
+                    done.append((document, piece.address.source, out[start:end], masks))
+            except SampleError as error:
+                skipped += (reader.skip(piece.address, error),)
+            else:
+                cut += done
+                tile = end
+        documents += [encoder.with_pixels(*done) for done in cut]
     return lay_out(planned, documents, skipped, out[:tile], layout)
 
 
-def _read_ahead(
-    reader: SampleReader, pieces: Sequence[PlannedDocument]
-) -> Iterator[tuple[PlannedDocument, list[EncodedDocument] | SampleError]]:
-    """The pieces with their documents, or why there are none; many are read before the first is given.
+_Read = tuple[PlannedDocument, list[EncodedDocument] | SampleError]
+
+
+def _read_ahead(reader: SampleReader, pieces: Sequence[PlannedDocument]) -> Iterator[list[_Read]]:
+    """The pieces, many at a time, with their documents, or why there are none.
 
     Decoding an image drives all else from the core's caches, so what surrounds it is
     much faster many times in a row than once for each image.
     """
-    ahead: list[tuple[PlannedDocument, list[EncodedDocument] | SampleError]] = []
+    ahead: list[_Read] = []
     size = 0
     for piece in pieces:
         try:
@@ -261,6 +258,6 @@ def _read_ahead(
         except SampleError as error:
             ahead.append((piece, error))
         if size > READ_AHEAD_BYTES:
-            yield from ahead
+            yield ahead
             ahead, size = [], 0
-    yield from ahead
+    yield ahead

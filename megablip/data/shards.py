@@ -284,9 +284,10 @@ class ShardSource:
         return len(opened.index)
 
     def _shard(self, shard: int) -> _OpenShard:
-        if shard in self._open:
+        opened = self._open.get(shard)
+        if opened:
             self._open.move_to_end(shard)
-            return self._open[shard]
+            return opened
         opened = self._open_one(shard)
         try:
             self._remember(shard, len(opened.index))
@@ -296,9 +297,9 @@ class ShardSource:
         self._open[shard] = opened
         if len(self._open) > OPEN_SHARDS:
             self._close_oldest()
-        if opened.index.text_bytes:
+        if opened.index.unsaved_bytes:
             self._in_memory[shard] = opened.index
-            while len(self._in_memory) > 1 and sum(i.text_bytes for i in self._in_memory.values()) > IN_MEMORY_BYTES:
+            while len(self._in_memory) > 1 and sum(i.unsaved_bytes for i in self._in_memory.values()) > IN_MEMORY_BYTES:
                 self._in_memory.popitem(last=False)
         return opened
 

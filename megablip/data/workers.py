@@ -15,6 +15,7 @@ import fcntl
 import gc
 import itertools
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ import traceback
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing import Pipe
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 from megablip.config import DataConfig
@@ -155,7 +156,7 @@ class ProcessPipeline:
 
     def _receive(self, helper: Helper) -> Any:
         """The helper's next message."""
-        while not wait([helper.output], POLL_S):
+        while not helper.poller.poll(POLL_S * 1000):
             self.check()
         try:
             message = helper.output.recv()
@@ -203,6 +204,7 @@ class Helper:
     process: subprocess.Popen
     lifeline: Connection  # the helper ends when this is closed, as it is when the rank dies
     output: Connection
+    poller: select.poll  # of the output; Connection.poll would make one for each message
     crash_file: int  # where faulthandler writes the Python stacks when the process crashes in C
     slots: TileSlots | None
 
@@ -251,7 +253,9 @@ def _start(role: str, name: str, setup: Setup, given: list[int], slots: TileSlot
     output_end.close()
     with suppress(BrokenPipeError):  # it ended at once; the rank will notice as it waits for output
         lifeline.send((name, setup, slots.slots if slots else 0))
-    return Helper(name, process, lifeline, output, crash_file, slots)
+    poller = select.poll()
+    poller.register(output.fileno(), select.POLLIN)
+    return Helper(name, process, lifeline, output, poller, crash_file, slots)
 
 
 def _pipe() -> tuple[Connection, Connection]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -377,3 +378,16 @@ def test_flipped_bytes_never_escape_as_other_errors(data):
         warnings.simplefilter("ignore")
         with contextlib.suppress(SampleError):
             make_tiles(bytes(content), choose_grid(image_size(bytes(content)), LAYOUT), LAYOUT)
+
+
+@pytest.mark.parametrize("size", [(40, 24), (16, 16), (7, 300), (1, 1)])
+def test_tiles_are_written_as_torch_interpolates_them(size):
+    """The operator under `interpolate` that takes a place to write to gives the same pixels."""
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    out = images.empty_tiles(3, 16)
+    out[:] = 7
+    images._resize(pixels, out[1])
+    image = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
+    expected = torch.nn.functional.interpolate(image, (16, 16), mode="bicubic", antialias=True)[0]
+    assert (out[1] == expected.numpy()).all()
+    assert (out[[0, 2]] == 7).all()

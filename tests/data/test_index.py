@@ -53,12 +53,18 @@ def test_the_format_is_that_of_wds2idx(shard):
     assert [" ".join(fields[i + 1 : i + 4]) for i in range(0, len(fields), 4)] == expected
 
 
-def test_lines_are_read_in_any_order(shard):
+@pytest.mark.parametrize("limit", [0, 1 << 20])
+def test_lines_are_read_in_any_order(shard, limit, monkeypatch):
+    monkeypatch.setattr(index, "MAX_TEXT_BYTES", limit)
+    before = len(os.listdir("/proc/self/fd"))
     found = build(shard)
+    assert len(os.listdir("/proc/self/fd")) == before + (not limit)
     expected = samples(found)
     assert [key for key, _ in expected] == [f"{n:06d}" for n in range(150)]
-    for number in (149, 0, 64, 63, 128, 127, 5):
+    for number in (149, 0, 1, 64, 65, 63, 128, 129, 127, 5):
         assert found.sample(number) == expected[number]
+    found.close()
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 @pytest.mark.parametrize(
@@ -183,7 +189,7 @@ def test_a_name_that_no_line_can_hold_is_indexed_in_memory(tmp_path):
     path = write_tar(tmp_path / "a.tar", [{"__key__": b"with space", "txt": b"1"}, {"__key__": b"a\nb", "txt": b"2"}])
     found = build(path)
     assert [key for key, _ in samples(found)] == ["with space", "a\nb"]
-    assert found.text_bytes
+    assert found.unsaved_bytes
     assert not (tmp_path / "a.idx").exists()
 
 
@@ -201,7 +207,7 @@ def test_a_full_disk_is_indexed_in_memory(small_disk):
     shard.write_bytes(raw_member(b"a.txt", b"x"))
     with suppress(OSError):
         (small_disk / "rest").write_bytes(bytes(2 << 20))
-    assert build(shard).text_bytes
+    assert build(shard).unsaved_bytes
     assert sorted(os.listdir(small_disk)) == ["a.tar", "rest"]
 
 

@@ -273,6 +273,13 @@ def test_an_image_is_measured_by_its_head_or_by_all_of_it(data, tmp_path, monkey
     assert [isinstance(cost, tuple) for cost in found] == [True] * 5 + [False] * 2 + [True]
 
 
+def test_how_much_is_read_ahead_changes_nothing(data, tmp_path, reference, monkeypatch):
+    monkeypatch.setattr(samples, "READ_AHEAD_BYTES", 1000)
+    [batches] = take(6, data, tmp_path, data__decode_workers=0)
+    assert global_batches([batches], 4, 2) == global_batches([reference[0]], 4, 2)
+    assert [batch.skipped for batch in batches] == [batch.skipped for batch in reference[0]]
+
+
 def test_batches_that_are_held_stay_as_they_are_and_hold_nothing_up(data, tmp_path):
     """More steps than the workers have memory for: tiles are copied then; of those let go the memory is used again."""
     changes = {"data__prefetch_bytes": 0, "batch": {"lanes": 2}}

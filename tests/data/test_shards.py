@@ -154,7 +154,7 @@ def test_indexes_in_memory_are_bounded(tmp_path, monkeypatch):
     assert source.total == 40
     for shard in (*range(40), 0):
         assert source.read(shard, 0)[0] == "a b"
-    assert sum(index.text_bytes for index in source._in_memory.values()) <= 500
+    assert sum(index.unsaved_bytes for index in source._in_memory.values()) <= 500
 
 
 def test_more_shards_than_may_be_open(tmp_path, monkeypatch):
