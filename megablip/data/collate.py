@@ -187,7 +187,7 @@ def _joined(arrays: list[np.ndarray], dtype: type, *width: int) -> np.ndarray:
 
 def _check_slots(document: DecodedDocument, layout: VisualLayout) -> None:
     slots, tiles = len(document.visual_positions), len(document.patch_mask)
-    by_grid = int((1 + document.grids.prod(axis=1)).sum())
+    by_grid = sum(1 + columns * rows for columns, rows in document.grids.tolist())
     if slots != tiles * layout.tokens_per_tile or by_grid != tiles:
         raise PackingError(
             f"{slots} visual tokens for {tiles} tiles of {layout.tokens_per_tile} tokens each ({by_grid} by the grids)",

@@ -11,7 +11,7 @@ archive ends, a fingerprint of all its headers, and its damaged ranges, each wri
 `<offset>-<end>:<samples dropped>:<reason>` with `_` for a space.  `wds2idx` writes
 none of these; its indexes are used, too.
 
-A line is parsed when its sample is asked for.  An open index holds its text up to 1 MB, and 8 bytes a sample.
+A line is parsed when its sample is asked for.  An open index holds its text up to 2 MB, and 8 bytes a sample.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from megablip.data.tar import BLOCK_BYTES, MAX_DAMAGES, Damage, Member, Walk, is
 from megablip.errors import MegablipError, ShardError
 
 CHUNK_SAMPLES = 64  # lines read at a time, where samples are read in order: those of a block
-MAX_TEXT_BYTES = 1 << 20  # of an open index; of a longer one lines are read when asked for
+MAX_TEXT_BYTES = 2 << 20  # of an open index; of a longer one lines are read when asked for
 MAX_HEAD_BYTES = 256 + MAX_DAMAGES * 128  # of the first line
 MAX_LINE_BYTES = 1 << 16  # of the first and the last line; where one is longer, the index is made anew each time
 PARALLEL_SHARDS = 8  # from so many shards on, processes that walk them are worth their start

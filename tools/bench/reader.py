@@ -6,6 +6,7 @@ with a JSON.  Files are in the page cache, and no member is decoded.
 
 from __future__ import annotations
 
+import os
 import random
 import tempfile
 from functools import partial
@@ -57,7 +58,10 @@ def write(pattern: Path, samples: int, size: int) -> str:
     with IndexedShardWriter(str(pattern), samples_per_shard=samples) as writer:
         for number in range(samples):
             writer.write({"__key__": f"{number:08d}", "jpg": image, "json": label})
-    return str(pattern) % 0
+    path = str(pattern) % 0
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())  # the kernel would write it out while it is read
+    return path
 
 
 def read(source: ShardSource, order: list[int]) -> int:
