@@ -61,6 +61,17 @@ def chat_format(tokenizer: Tokenizer, folder: Path) -> ChatFormat | None:
     return _Prober(template, names, tokenizer, folder).format()
 
 
+def end_ids(tokenizer: Tokenizer, folder: Path) -> list[int]:
+    """Ids that end what a model says: eos, and the control token that ends an assistant's turn.
+
+    Raises:
+        ConfigError: as `chat_format`.
+    """
+    chat = chat_format(tokenizer, folder)
+    turn = chat.closing["assistant"][: chat.end_of_turn][-1:] if chat else ()
+    return [tokenizer.eos_id, *(token for token in turn if token in tokenizer.control_ids - {tokenizer.eos_id})]
+
+
 class _Prober:
     def __init__(self, template: str, names: dict[str, Any], tokenizer: Tokenizer, folder: Path):
         self._tokenizer, self._folder = tokenizer, folder

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from megablip.chat import chat_format
+from megablip.chat import chat_format, end_ids
 from megablip.data.encode import Encoder
 from megablip.errors import ConfigError
 from megablip.records import IGNORE_LABEL, Document, Image, Text
@@ -163,3 +163,14 @@ def test_templates_that_are_no_format_are_refused(tmp_path, template, words):
     with pytest.raises(ConfigError, match=words) as caught:
         chat_format(tokenizer, folder)
     assert "chat_template.jinja" in caught.value.remedy
+
+
+def test_what_ends_an_answer(tmp_path):
+    for name, template, last in (("phi3", None, "<|end|>"), ("chatml", CHATML, "<|im_end|>")):
+        (tmp_path / name).mkdir()
+        folder = make(tmp_path / name, template, TOKENS[name])
+        tokenizer = Tokenizer(folder)
+        assert [tokenizer.spell([number]) for number in end_ids(tokenizer, folder)] == ["</s>", last]
+    folder = make(tmp_path)
+    tokenizer = Tokenizer(folder)
+    assert end_ids(tokenizer, folder) == [tokenizer.eos_id]

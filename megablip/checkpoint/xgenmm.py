@@ -224,6 +224,7 @@ def released_config() -> Blip3Config:
     """
     config = Blip3Config(tile_layout="released")
     config.text_config.vocab_size = config.image_token_id + ADDED_TOKENS
+    config.text_config.eos_token_id = [32000, 32007]  # <|endoftext|>, and <|end|> of a turn
     return config
 
 

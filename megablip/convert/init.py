@@ -17,6 +17,7 @@ import torch
 import yaml
 from transformers import AutoConfig, PreTrainedConfig
 
+from megablip.chat import end_ids
 from megablip.checkpoint.export import ExportReader
 from megablip.checkpoint.tensors import TensorSource
 from megablip.checkpoint.writer import ShardWriter, new_folder, precision
@@ -70,7 +71,7 @@ def init_model(
         torch.manual_seed(seed)
         where = f"{model}, {tower}" + (f", {decoder}" if decoder else "")
         try:
-            config = _config(settings, decoder, tower, tokens)
+            config = _config(settings, decoder, tower, tokens, end_ids(tokens, staging))
             layout = config.layout
             with torch.device("meta" if decoder else "cpu"):
                 built = Blip3ForConditionalGeneration(config)
@@ -113,8 +114,10 @@ def _read_settings(path: Path | None, given_decoder: bool = False) -> dict[str, 
     return {key: value for key, value in settings.items() if value is not None}
 
 
-def _config(settings: dict[str, Any], decoder: Path | None, tower: Path, tokens: Tokenizer) -> Blip3Config:
-    special = {"pad_token_id": tokens.pad_id, "bos_token_id": tokens.bos_id, "eos_token_id": tokens.eos_id}
+def _config(
+    settings: dict[str, Any], decoder: Path | None, tower: Path, tokens: Tokenizer, ends: list[int]
+) -> Blip3Config:
+    special = {"pad_token_id": tokens.pad_id, "bos_token_id": tokens.bos_id, "eos_token_id": ends}
     if decoder:
         text = AutoConfig.from_pretrained(decoder)
         text.vocab_size = max(text.vocab_size, tokens.vocab_size)

@@ -18,9 +18,11 @@ from transformers import (
     SiglipModel,
 )
 
+from megablip.chat import end_ids
 from megablip.checkpoint.export import ExportReader
 from megablip.convert.init import init_model
 from megablip.errors import CheckpointError, ConfigError
+from megablip.tokens import Tokenizer
 from tests.convert.test_xgenmm import fake_phi3_tokenizer
 from tests.small_export import SETTINGS, make_ingredients
 
@@ -49,6 +51,7 @@ def test_init_makes_a_folder_that_loads(tmp_path, ingredients):
     assert int(ids.max()) < model.config.text_config.vocab_size
     assert (ids == model.config.image_token_id).sum() % SETTINGS["sampler"]["num_latents"] == 0
     assert model.config.text_config.vocab_size == len(processor.tokenizer)
+    assert model.generation_config.eos_token_id == end_ids(Tokenizer(output), output)
 
 
 def test_init_depends_on_its_seed_alone(tmp_path, ingredients):
