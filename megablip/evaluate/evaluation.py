@@ -56,12 +56,12 @@ def evaluate(
         ConfigError: no model, a broken one, or an output folder that can't be made.
         ShardError, SampleError: no samples, or one that can't be used.
     """
+    answerer = Answerer(model)
     asked = _questions(shards, task, limit)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"the folder can't be made: {error.strerror}", where=f"--output {output}") from None
-    answerer = Answerer(model)
     end = {"reading": CLOSE, "shots": "chunk"}.get(task, "turn")
     answers = ask(answerer, asked, end, decoding, f"{task}: {len(asked)} questions")
     groups = summarize(answers, GROUPS[task])
