@@ -15,6 +15,7 @@ from tools.bench.core import Row, run
 # Each is a module of this package whose `rows()` measures.
 BENCHES = {
     "step": "forward and backward of a packed micro-batch, beside transformers, packed and padded",
+    "vision": "vision tower and sampler at full size, beside transformers' SigLIP and a plain sampler",
     "loss": "the loss head at Phi-3-mini's size, beside all logits and cross entropy: time and peak memory",
     "attention": "forward and backward of packed documents, beside SDPA with the block-diagonal mask",
     "cli": "time until help and until the error of a recipe",
