@@ -13,6 +13,7 @@ four times as fast, and adding chunks up in float32 free.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -88,7 +89,7 @@ def next_token_loss(
     rows = (labels[1:] != IGNORE_LABEL).nonzero().squeeze(1)
     targets = labels[1:].index_select(0, rows)
     if by_row:
-        per_row = row_cross_entropy(hidden.index_select(0, rows), weight, targets, bias)
+        per_row = row_cross_entropy(hidden, weight, rows, targets, bias)
         return TokenLoss(per_row.sum(), per_row, rows)
     total, per_row = linear_cross_entropy(hidden, weight, rows, targets, bias)
     return TokenLoss(total, per_row, rows)
@@ -124,27 +125,14 @@ def _chunk_rows(weight: Tensor) -> int:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
+    """Gradients are computed in the forward and scaled in the backward."""
+
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, rows, chunk_rows, grad_enabled):
-        need_hidden, need_weight, need_bias = (needed and grad_enabled for needed in ctx.needs_input_grad[:3])
-        pieces = _PIECES.get(hidden.device.type, _LARGE_PIECES)
-        losses = hidden.new_empty(len(rows), dtype=torch.float32)
-        grad_hidden = torch.zeros_like(hidden) if need_hidden else None
-        grad_weight = _WeightGradient(weight, len(rows) <= chunk_rows, pieces.vocabulary_rows) if need_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
-        for chunk in range(0, len(rows), chunk_rows):
-            part = slice(chunk, chunk + chunk_rows)
-            inputs = hidden.index_select(0, rows[part])
-            logits = F.linear(inputs, weight, bias)
-            _softmax(logits, targets[part], losses[part], need_hidden or need_weight or need_bias, grad_bias, pieces)
-            if need_hidden:
-                grad_hidden.index_copy_(0, rows[part], logits @ weight)
-            if need_weight:
-                grad_weight.add(logits, inputs)
-            del logits  # before those of the next chunk are made
+        needs = [needed and grad_enabled for needed in ctx.needs_input_grad[:3]]
+        losses, *gradients = _chunk_by_chunk(hidden, weight, bias, targets, rows, chunk_rows, needs)
         # Not by save_for_backward, which would keep all of it to the end of the backward.
-        ctx.gradients = grad_hidden, grad_weight, grad_bias
-        ctx.dtype = weight.dtype
+        ctx.gradients, ctx.dtype = gradients, weight.dtype
         ctx.mark_non_differentiable(losses)
         return losses.sum(), losses
 
@@ -160,6 +148,103 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad_bias is not None:
             grad_bias = (grad_bias * grad_total).to(ctx.dtype)
         return grad_hidden, grad_weight, grad_bias, None, None, None, None
+
+
+def row_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    chunk_rows: int | None = None,
+) -> Tensor:
+    """float32[N] of `cross_entropy(hidden[rows] @ weight.T + bias, targets, reduction="none")`, softmax in float32.
+
+    For losses that weigh rows by what comes out, such as DPO's.  The backward
+    computes each chunk's logits again, so memory doesn't grow with N here either.
+    Arguments are those of `linear_cross_entropy`.
+    """
+    return _RowCrossEntropy.apply(hidden, weight, bias, targets, rows, chunk_rows or _chunk_rows(weight))
+
+
+class _RowCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, rows, chunk_rows):
+        ctx.save_for_backward(hidden, weight, bias, targets, rows)
+        ctx.chunk_rows = chunk_rows
+        return _chunk_by_chunk(hidden, weight, bias, targets, rows, chunk_rows, needs=(False, False, False))[0]
+
+    @staticmethod
+    def backward(ctx, grad_losses):
+        needs = ctx.needs_input_grad[:3]
+        _, grad_hidden, grad_weight, grad_bias = _chunk_by_chunk(*ctx.saved_tensors, ctx.chunk_rows, needs, grad_losses)
+        if grad_weight is not None:
+            grad_weight = grad_weight.scaled(grad_losses.new_ones(()))
+        if grad_bias is not None:
+            grad_bias = grad_bias.to(ctx.saved_tensors[1].dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None, None
+
+
+def _chunk_by_chunk(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    rows: Tensor,
+    chunk_rows: int,
+    needs: Sequence[bool],
+    factors: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, _WeightGradient | None, Tensor | None]:
+    """Losses of the rows; and the gradients of their sum for hidden, weight and bias, as far as `needs` says.
+
+    Args:
+        factors: float32[N], weights of the rows in that sum.
+    """
+    need_hidden, need_weight, need_bias = needs
+    pieces = _PIECES.get(hidden.device.type, _LARGE_PIECES)
+    losses = hidden.new_empty(len(rows), dtype=torch.float32)
+    grad_hidden = torch.zeros_like(hidden) if need_hidden else None
+    grad_weight = _WeightGradient(weight, len(rows) <= chunk_rows, pieces.vocabulary_rows) if need_weight else None
+    grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
+    for start in range(0, len(rows), chunk_rows):
+        chunk = slice(start, start + chunk_rows)
+        inputs = hidden.index_select(0, rows[chunk])
+        logits = F.linear(inputs, weight, bias)
+        factor = factors[chunk] if factors is not None else None
+        piece_rows = max(1, pieces.softmax_elements // logits.shape[1])
+        _softmax(logits, targets[chunk], losses[chunk], piece_rows, any(needs), factor, grad_bias)
+        if need_hidden:
+            grad_hidden.index_copy_(0, rows[chunk], logits @ weight)
+        if need_weight:
+            grad_weight.add(logits, inputs)
+        del logits  # before those of the next chunk are made
+    return losses, grad_hidden, grad_weight, grad_bias
+
+
+def _softmax(
+    logits: Tensor,
+    targets: Tensor,
+    losses: Tensor,
+    piece_rows: int,
+    with_gradient: bool,
+    factors: Tensor | None,
+    grad_bias: Tensor | None,
+) -> None:
+    """Fill in the losses; put the gradient in the place of the logits, and add that of the bias up."""
+    for start in range(0, len(logits), piece_rows):
+        piece = slice(start, start + piece_rows)
+        target = targets[piece].unsqueeze(1)
+        log_probs = F.log_softmax(logits[piece], dim=-1, dtype=torch.float32)
+        losses[piece] = -log_probs.gather(1, target).squeeze(1)
+        if not with_gradient:
+            continue
+        gradient = log_probs.exp_()
+        gradient.scatter_add_(1, target, gradient.new_full(target.shape, -1.0))
+        if factors is not None:
+            gradient.mul_(factors[piece].unsqueeze(1))
+        if grad_bias is not None:
+            grad_bias += gradient.sum(0)
+        logits[piece] = gradient
 
 
 class _WeightGradient:
@@ -193,72 +278,9 @@ class _WeightGradient:
         return whole
 
 
-def _softmax(logits, targets, losses, with_gradient, grad_bias, pieces: _Pieces) -> None:
-    """Fill in the losses; put the gradient in the place of the logits, and add that of the bias up."""
-    rows = max(1, pieces.softmax_elements // logits.shape[1])
-    for part, target, loss in zip(
-        logits.split(rows), targets.unsqueeze(1).split(rows), losses.split(rows), strict=True
-    ):
-        log_probs = F.log_softmax(part, dim=-1, dtype=torch.float32)
-        torch.neg(log_probs.gather(1, target).squeeze(1), out=loss)
-        if with_gradient:
-            gradient = log_probs.exp_()
-            gradient.scatter_add_(1, target, gradient.new_full(target.shape, -1.0))
-            if grad_bias is not None:
-                grad_bias += gradient.sum(0)
-            part.copy_(gradient)
-
-
 def _scale(gradient: Tensor, factor: Tensor, out: Tensor) -> None:
     # In float32: the factor 1 / (valid tokens), rounded to bf16, would bias every gradient alike.
     out.copy_(gradient.float() * factor)
-
-
-def row_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, chunk_rows: int | None = None
-) -> Tensor:
-    """float32[N] of `cross_entropy(hidden @ weight.T + bias, targets, reduction="none")`, softmax in float32.
-
-    For losses that weigh rows by what comes out, such as DPO's.  The backward
-    computes each chunk's logits again, so memory doesn't grow with N here either.
-    """
-    return _RowCrossEntropy.apply(hidden, weight, bias, targets, chunk_rows or _chunk_rows(weight))
-
-
-class _RowCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, chunk_rows):
-        losses = hidden.new_empty(len(hidden), dtype=torch.float32)
-        for start in range(0, len(hidden), chunk_rows):
-            rows = slice(start, start + chunk_rows)
-            logits = F.linear(hidden[rows], weight, bias).float()
-            losses[rows] = F.cross_entropy(logits, targets[rows], reduction="none")
-        ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.chunk_rows = chunk_rows
-        return losses
-
-    @staticmethod
-    def backward(ctx, grad_losses):
-        hidden, weight, bias, targets = ctx.saved_tensors
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
-        for start in range(0, len(hidden), ctx.chunk_rows):
-            rows = slice(start, start + ctx.chunk_rows)
-            inputs, target = hidden[rows], targets[rows].unsqueeze(1)
-            grad_logits = F.linear(inputs, weight, bias).float().softmax(-1)
-            grad_logits.scatter_add_(1, target, grad_logits.new_full(target.shape, -1.0))
-            grad_logits.mul_(grad_losses[rows].unsqueeze(1))
-            if need_bias:
-                grad_bias += grad_logits.sum(0)
-            grad_logits = grad_logits.to(hidden.dtype)
-            if need_hidden:
-                torch.mm(grad_logits, weight, out=grad_hidden[rows])
-            if need_weight:
-                grad_weight += grad_logits.t() @ inputs
-        grads = (None if grad is None else grad.to(weight.dtype) for grad in (grad_hidden, grad_weight, grad_bias))
-        return (*grads, None, None)
 
 
 @torch.no_grad()
