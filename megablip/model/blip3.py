@@ -57,7 +57,8 @@ class Blip3Config(PreTrainedConfig):
     """Defaults are the released xGen-MM's, with Phi-3-mini and SigLIP-so400m.
 
     Args:
-        text_config: of any transformers causal language model; its embeddings must not be tied.
+        text_config: of any transformers causal language model; where its `tie_word_embeddings` is true, the
+            output head's weight is the embeddings' (a bias of the head is its own).
         vision_config: of the tower: SigLIP, SigLIP 2 or CLIP, or of a whole such model; with the
             mean and standard deviation that pixels are normalised with (vision.tower_config).
         sampler: sizes of the PerceiverResampler: depth, heads, dim_head, num_latents
@@ -117,11 +118,11 @@ class Blip3Config(PreTrainedConfig):
 
     def check(self) -> None:
         """Raises ConfigError for what can't be built or trained."""
-        if self.tie_word_embeddings or self.text_config.tie_word_embeddings:
+        if self.tie_word_embeddings:
             raise ConfigError(
-                "the decoder ties its output head to its input embeddings, which is not supported",
-                where="text_config.tie_word_embeddings",
-                remedy="untie them (copy the embeddings into an lm_head) and set it to false",
+                "whether the output head is tied to the embeddings is the decoder's to say",
+                where="tie_word_embeddings",
+                remedy="set text_config.tie_word_embeddings instead",
             )
         self.check_ids(torch.tensor([self.image_token_id], device="cpu"))
 
@@ -196,6 +197,7 @@ class Blip3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         # A generated <image> id would have no image behind it.
         self.generation_config.suppress_tokens = [config.image_token_id]
         self.post_init()
+        self.tie_weights()  # which post_init leaves out where the engine has switched initialisation off
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -19,9 +19,10 @@ from megablip.engine.ds_config import complete_ds_config
 from megablip.engine.optimizer import decays, part_of
 from megablip.engine.topology import Topology
 from megablip.engine.zero import ZeroEngine
+from megablip.model import loss
 from megablip.model.blip3 import Blip3ForConditionalGeneration
 from megablip.model.vision import encode_tiles
-from megablip.records import MASTER, LocalSlice, MicroBatch
+from megablip.records import IGNORE_LABEL, MASTER, LocalSlice, MicroBatch
 from tests.distributed.matrix import Toy
 from tests.distributed.matrix import initial as toy_initial
 from tests.model.tiny import Doc, make_doc, pack, tiny_config, tiny_model
@@ -37,16 +38,23 @@ PATTERNS = [[bool(number >> bit & 1) for bit in range(SEQUENCES)] for number in 
 
 
 @functools.cache
-def reference() -> Blip3ForConditionalGeneration:
+def reference(tied: bool = False) -> Blip3ForConditionalGeneration:
     """The model as it begins, whole, tower trained. A frozen tower has the same weights."""
-    return tiny_model(train_tower=True)
+    return tiny_model(train_tower=True, tied=tied)
 
 
 def make_engine(
-    topology: Topology, ds_config: str, train_tower: bool, micro_batches: int, clip_norm: float, checkpointing: bool
+    topology: Topology,
+    ds_config: str,
+    train_tower: bool,
+    micro_batches: int,
+    clip_norm: float,
+    checkpointing: bool = False,
+    tied: bool = False,
 ) -> ZeroEngine:
     def build() -> Blip3ForConditionalGeneration:
-        model = Blip3ForConditionalGeneration(tiny_config(), with_vision_tower=train_tower, train_tower=train_tower)
+        config = tiny_config(tied=tied)
+        model = Blip3ForConditionalGeneration(config, with_vision_tower=train_tower, train_tower=train_tower)
         if checkpointing:
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         return model
@@ -59,15 +67,15 @@ def make_engine(
     return ZeroEngine(build, completed, OPTIMIZER, topology)
 
 
-def initial(name: str, kind: str, shape: tuple[int, ...], start: int, end: int) -> torch.Tensor:
-    return reference().get_parameter(name).detach().flatten()[start:end]
+def initial(name: str, kind: str, shape: tuple[int, ...], start: int, end: int, tied: bool = False) -> torch.Tensor:
+    return reference(tied).get_parameter(name).detach().flatten()[start:end]
 
 
 def expected_step(
-    batches: list[MicroBatch], train_tower: bool, clip_norm: float
+    batches: list[MicroBatch], train_tower: bool, clip_norm: float, tied: bool = False
 ) -> tuple[float, float, dict[str, torch.Tensor]]:
     """Loss, gradient norm and clipped gradient of the global batch, by autograd."""
-    model = reference()
+    model = reference(tied)
     model.zero_grad()
     valid, loss = sum(batch.valid_labels for batch in batches), 0.0
     for batch in batches:
@@ -90,12 +98,13 @@ def compare_step(
     mine: list[MicroBatch],
     valid_labels: int,
     expected: tuple[float, float, dict[str, torch.Tensor]],
+    tied: bool = False,
 ) -> dict[str, Any]:
     """One step of the engine from the start, as the trainer does it; the largest relative differences."""
-    engine.load(initial, moments=False)
+    engine.load(functools.partial(initial, tied=tied), moments=False)
     loss = torch.zeros((), dtype=torch.float64)
     for batch in mine:
-        features = None if train_tower else encode_tiles(reference().vision_tower, batch.tiles)
+        features = None if train_tower else encode_tiles(reference(tied).vision_tower, batch.tiles)
         losses = engine(packed=batch, vision_features=features)
         engine.backward(losses.loss * (topology.world / valid_labels))
         engine.step(RATES)
@@ -110,7 +119,7 @@ def compare_step(
         # true gradient of a bias of keys is zero, and what is there is rounding.
         least = largest if piece.name.endswith("k_proj.bias") else 0.0
         errors[piece.name] = relative_error(found, gradient[piece.name], piece, least)
-        updates[piece.name] = update_error(piece, found)
+        updates[piece.name] = update_error(piece, found, tied)
     worst = max(errors, key=errors.get)
     return {
         "loss": abs(float(loss) / valid_labels / expected_loss - 1),
@@ -130,11 +139,11 @@ def relative_error(found: torch.Tensor, whole: torch.Tensor, piece: LocalSlice, 
     return difference / scale if scale else math.inf if difference else 0.0
 
 
-def update_error(piece: LocalSlice, gradient: torch.Tensor) -> float:
+def update_error(piece: LocalSlice, gradient: torch.Tensor, tied: bool) -> float:
     """How far the masters are from AdamW's first step with their part's rate and decay, over the rate."""
     if piece.end == piece.start:
         return 0.0
-    before = initial(piece.name, MASTER, piece.shape, piece.start, piece.end).double()
+    before = initial(piece.name, MASTER, piece.shape, piece.start, piece.end, tied).double()
     rate = RATES[part_of(piece.name)]
     decay = OPTIMIZER.weight_decay if decays(piece.name, piece.shape) else 0.0
     scale = (piece.tensors["exp_avg_sq"].double() / (1 - BETA2)).sqrt() + OPTIMIZER.eps
@@ -199,13 +208,51 @@ def document_splits(topology: Topology, cells: list[tuple[str, bool, float, int]
         size = len(documents) // count
         batches = [pack(documents[start : start + size]) for start in range(0, len(documents), size)]
         mine = share(batches, topology)
-        engine = make_engine(topology, ds_config, train_tower, len(mine), clip_norm, checkpointing=False)
+        engine = make_engine(topology, ds_config, train_tower, len(mine), clip_norm)
         expected = expected_step([pack([document]) for document in documents], train_tower, clip_norm)
         valid = sum(batch.valid_labels for batch in batches)
         found.append(
             compare_step(topology, engine, train_tower, mine, valid, expected)
             | {"cell": [topology.world, ds_config, train_tower, clip_norm, count]}
         )
+    return found
+
+
+def tied_embeddings(topology: Topology, cells: list[str]) -> list[dict[str, Any]]:
+    """A decoder whose output head is its embeddings.
+
+    Args:
+        cells: ds_config of each.
+    """
+    batches = [pack(sequence(number, number % 2 == 0)) for number in range(SEQUENCES)]
+    valid = sum(batch.valid_labels for batch in batches)
+    found = []
+    for ds_config in cells:
+        engine = make_engine(topology, ds_config, False, SEQUENCES // topology.world, NEVER_CLIPS, tied=True)
+        expected = expected_step(batches, False, NEVER_CLIPS, tied=True)
+        step = compare_step(topology, engine, False, share(batches, topology), valid, expected, tied=True)
+        found.append(step | {"cell": [topology.world, ds_config]})
+    return found
+
+
+def label_counts(topology: Topology, cells: list[list[int]]) -> list[dict[str, Any]]:
+    """Under ZeRO-3, ranks whose head takes different numbers of chunks, or none.
+
+    Args:
+        cells: for each rank of two, how many rows of its micro-batch keep their label.
+    """
+    chunk_rows, loss._chunk_rows = loss._chunk_rows, lambda weight: 8
+    engine = make_engine(topology, "zero3", False, 1, NEVER_CLIPS)
+    found = []
+    for counts in cells:
+        batches = [pack([make_doc(150, [(2, 1)], seed=30 + number)]) for number in range(topology.world)]
+        for batch, count in zip(batches, counts, strict=True):
+            batch.labels[(batch.labels != IGNORE_LABEL).nonzero().flatten()[count:]] = IGNORE_LABEL
+            assert batch.valid_labels == count
+        valid, expected = sum(counts), expected_step(batches, False, NEVER_CLIPS)
+        step = compare_step(topology, engine, False, share(batches, topology), valid, expected)
+        found.append(step | {"cell": counts})
+    loss._chunk_rows = chunk_rows
     return found
 
 

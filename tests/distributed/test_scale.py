@@ -20,6 +20,8 @@ SPLITS = (1, 8, 64)  # micro-batches that the 64 documents are laid in
 FAST = {
     "image_patterns": [("zero3", True, True), ("zero2", False, False)],
     "document_splits": [("zero3", False, 0.01, 1), ("zero1", True, 1e9, 8)],
+    "tied_embeddings": ["zero3"],
+    "label_counts": [[100, 0], [1, 60], [0, 9]],
     "toy_gradients": [(stage, "bf16") for stage in STAGES],
 }
 
@@ -68,6 +70,15 @@ def test_the_same_documents_in_more_or_fewer_micro_batches_give_one_gradient(fas
     check_steps(fast["document_splits"], len(FAST["document_splits"]))
 
 
+def test_tied_embeddings_get_the_gradient_of_both_uses(fast):
+    check_steps(fast["tied_embeddings"], len(FAST["tied_embeddings"]))
+
+
+def test_ranks_may_differ_in_labels_as_they_like(fast):
+    """No count of chunks of the loss reaches a collective."""
+    check_steps(fast["label_counts"], len(FAST["label_counts"]))
+
+
 def test_what_a_micro_batch_does_not_reach_gets_no_gradient_and_sums_are_in_float32(fast):
     check_toy(fast["toy_gradients"])
 
@@ -96,6 +107,12 @@ def test_all_splits_of_64_documents(world):
         for count in SPLITS
     ]
     check_steps(run(world, {"document_splits": cells}, 900)["document_splits"], len(cells))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 4])
+def test_tied_embeddings_under_all_stages(world):
+    check_steps(run(world, {"tied_embeddings": STAGES})["tied_embeddings"], len(STAGES))
 
 
 @pytest.mark.slow

@@ -5,6 +5,8 @@ from collections import Counter
 
 import pytest
 import torch
+import torch.nn.functional as F
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
 from megablip.config import ModelConfig
@@ -166,6 +168,29 @@ def test_every_trainable_parameter_gets_a_gradient(with_images, labels):
     assert not any(p.requires_grad for p in model.vision_tower.parameters())
 
 
+def test_a_trained_tower_gets_the_gradients_of_plain_torch():
+    """Each document alone, by transformers' own modules and attention."""
+    model = tiny_model(train_tower=True)
+    model(packed=pack(docs())).loss.backward()
+    found = gradients(model)
+    assert found["vision_tower.embeddings.patch_embedding.weight"].abs().max() > 1e-3
+    model.zero_grad()
+    model.decoder.set_attn_implementation("eager")
+    total = torch.zeros(())
+    for doc in docs():
+        embeds = model.get_input_embeddings()(doc.input_ids)
+        if len(doc.tiles):
+            features = model.vision_tower(pixel_values=doc.tiles.float() / 127.5 - 1).last_hidden_state
+            visual = model.sampler(features, doc.patch_mask)
+            embeds = embeds.masked_scatter((doc.input_ids == IMAGE_ID)[:, None], visual)
+        hidden = model.decoder.base_model(inputs_embeds=embeds[None], use_cache=False).last_hidden_state
+        logits = model.get_output_embeddings()(hidden)[0]
+        total += F.cross_entropy(logits[:-1], doc.labels[1:], reduction="sum", ignore_index=IGNORE_LABEL)
+    total.backward()
+    for name, grad in gradients(model).items():
+        torch.testing.assert_close(found[name], grad, atol=1e-4, rtol=1e-4, msg=name)
+
+
 @pytest.mark.parametrize(
     ("every", "train_tower", "recomputed"),
     [
@@ -290,11 +315,36 @@ def test_tower_is_frozen_and_in_chunks_gives_the_same():
     torch.testing.assert_close(encode_tiles(model.vision_tower, pixels), whole, atol=1e-5, rtol=1e-5)
 
 
+def test_tied_embeddings_get_the_gradient_of_both_uses(tmp_path):
+    tied, apart = tiny_model(tied=True), tiny_model()
+    embeddings, head = "decoder.model.embed_tokens.weight", "decoder.lm_head.weight"
+    assert {*dict(apart.named_parameters())} - {*dict(tied.named_parameters())} == {head}
+    assert tied.get_output_embeddings().weight is tied.get_input_embeddings().weight
+    apart.load_state_dict(tied.state_dict())
+    packed = pack(docs())
+    losses = []
+    for model in (tied, apart):
+        losses.append(model(packed=packed, vision_features=features_of(model, packed)).loss)
+        losses[-1].backward()
+    assert torch.equal(*losses)
+    found, wanted = gradients(tied), gradients(apart)
+    wanted[embeddings] += wanted.pop(head)
+    for name, grad in found.items():
+        torch.testing.assert_close(grad, wanted[name], atol=1e-6, rtol=1e-5, msg=name)
+
+    tied.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert embeddings in file.keys()  # noqa: SIM118 (it is no mapping)
+        assert head not in file.keys()  # noqa: SIM118
+    loaded, report = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+    assert torch.equal(loaded(packed=packed, vision_features=features_of(loaded, packed)).loss, losses[0])
+
+
 def test_unbuildable_configs_are_refused():
-    config = tiny_config()
-    config.text_config.tie_word_embeddings = True
-    with pytest.raises(ConfigError, match="ties its output head"):
-        Blip3ForConditionalGeneration(config)
+    with pytest.raises(ConfigError, match="the decoder's to say"):
+        Blip3ForConditionalGeneration(tiny_config(tie_word_embeddings=True))
     with pytest.raises(ConfigError, match="96 embedding rows and none for id 96"):
         Blip3ForConditionalGeneration(tiny_config(image_token_id=96))
     assert tiny_config().image_token_id == IMAGE_ID

@@ -137,6 +137,8 @@ def test_deterministic_mode_gives_the_same_bits(backend, dtype):
     model = model_of(dtype)
     batch = pack([*random_docs(1), make_doc(700, [(2, 2)], seed=7)])  # one that goes by SDPA also in bf16
     features = features_of(batch).to(dtype)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
     torch.use_deterministic_algorithms(True)
     try:
         with running_on(backend):
@@ -149,5 +151,6 @@ def test_deterministic_mode_gives_the_same_bits(backend, dtype):
                 runs.append([losses.loss.detach(), losses.document_loss, *gradients])
     finally:
         torch.use_deterministic_algorithms(False)
+        torch.set_num_threads(threads)
     assert len(runs[0]) > 20
     assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))

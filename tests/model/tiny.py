@@ -17,6 +17,7 @@ IMAGE_ID, PAD_ID, VOCABULARY = 90, 89, 96
 def tiny_config(
     window: int | None = None,
     vocabulary: int = VOCABULARY,
+    tied: bool = False,
     text: PreTrainedConfig | None = None,
     vision: PreTrainedConfig | None = None,
     **overrides,
@@ -33,6 +34,7 @@ def tiny_config(
         pad_token_id=PAD_ID,
         bos_token_id=1,
         eos_token_id=2,
+        tie_word_embeddings=tied,
         initializer_range=0.2,  # far from uniform predictions, so that mistakes show
     )
     vision = vision or SiglipVisionConfig(
