@@ -75,7 +75,8 @@ class ModelFlops:
         """Counts the matrix products of the modules, whose weights may be partitioned or without storage.
 
         A product costs three times its forward where its weight is trained, twice
-        where only a gradient passes through, once in a frozen tower.
+        where only a gradient passes through, once where none does: in a frozen tower,
+        and in a frozen sampler above it.  Adapters are counted as the products they are.
 
         Args:
             model: a Blip3ForConditionalGeneration, with a dense (not mixture-of-experts) decoder.
@@ -89,13 +90,14 @@ class ModelFlops:
         # Attention is two products, scores and values, each of heads x head_dim multiply-adds for a pair.
         width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         per_pair = 3 * 4 * text.num_hidden_layers * text.num_attention_heads * width
+        trained = _trained(tower)
+        passes = trained or _trained(model.sampler)  # a gradient, through the sampler
         keys = patches + latents
-        sampler_tile = 3 * 4 * depth * latents * keys * sampler["heads"] * sampler["dim_head"]
+        sampler_tile = (3 if passes else 1) * 4 * depth * latents * keys * sampler["heads"] * sampler["dim_head"]
         for name, module in model.sampler.named_modules():
             if isinstance(module, nn.Linear):
-                sampler_tile += _linear(module) * (keys if name.endswith("to_kv") else latents)
+                sampler_tile += _linear(module, 2 if passes else 1) * (keys if name.endswith("to_kv") else latents)
 
-        trained = any(parameter.requires_grad for parameter in tower.parameters())
         tower_tile = (3 if trained else 1) * 4 * vision.num_hidden_layers * patches**2 * vision.hidden_size
         for module in tower.modules():
             if isinstance(module, nn.Linear):
@@ -108,12 +110,19 @@ class ModelFlops:
             per_label=_linear(head),
             per_pair=per_pair,
             per_tile=tower_tile + sampler_tile,
-            window=getattr(text, "sliding_window", None),
+            # Where some layers see everything, the pairs are counted without the window.
+            window=None
+            if "full_attention" in (getattr(text, "layer_types", None) or ())
+            else getattr(text, "sliding_window", None),
         )
 
     def of_step(self, *, tokens: float, labels: float, pairs: float, tiles: float) -> float:
         """FLOPs of a step with so many real tokens, labels, attended pairs and tiles."""
         return self.per_token * tokens + self.per_label * labels + self.per_pair * pairs + self.per_tile * tiles
+
+
+def _trained(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def _linear(module: nn.Linear, frozen_factor: int = 2) -> int:

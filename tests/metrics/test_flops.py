@@ -5,9 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig
 
+from megablip.config import LoraConfig
 from megablip.metrics.flops import PEAK_FLOPS, ModelFlops, peak_flops
-from tests.model.tiny import features_of, make_doc, pack, tiny_model
+from megablip.model.blip3 import Blip3Config, Blip3ForConditionalGeneration
+from megablip.model.lora import add_lora
+from tests.model.tiny import features_of, make_doc, pack, tiny_config, tiny_model
 
 aten = torch.ops.aten
 
@@ -48,6 +52,21 @@ def by_formula(model, batch, *, tiles: bool = True) -> float:
     )
 
 
+DECODERS = {
+    "phi3": {},
+    "llama with grouped queries": {"model_type": "llama", "num_key_value_heads": 1},
+    "qwen3 with a head size of its own": {"model_type": "qwen3", "head_dim": 20},
+    "tied embeddings": {"model_type": "llama", "tie_word_embeddings": True},
+}
+
+
+def with_decoder(settings: dict, **kwargs) -> Blip3ForConditionalGeneration:
+    config = tiny_config()
+    text = config.text_config.to_dict() | settings
+    config.text_config = AutoConfig.for_model(text.pop("model_type"), **text)
+    return Blip3ForConditionalGeneration(config, **kwargs)
+
+
 def make_batch():
     return pack([make_doc(40, [(2, 1)], 0), make_doc(90, [], 1), make_doc(25, [(1, 2), (2, 2)], 2)])
 
@@ -56,6 +75,35 @@ def make_batch():
 def test_a_step_is_what_torch_counts(train_tower):
     model, batch = tiny_model(train_tower=train_tower), make_batch()
     assert by_formula(model, batch) == pytest.approx(measured(model, batch, None), rel=0.01)
+
+
+@pytest.mark.parametrize("train_tower", [False, True])
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_attention_is_what_plain_products_cost(decoder, train_tower):
+    """All in matrix products, which torch counts by itself; over the pack as one document."""
+    model, batch = with_decoder(DECODERS[decoder], train_tower=train_tower), make_batch()
+    for part in (model.decoder, model.vision_tower):
+        part.set_attn_implementation("eager")
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()  # in which the sampler's are plain products, too
+    with FlopCounterMode(display=False) as counter:
+        features = None if train_tower else features_of(model, batch)
+        model(packed=batch, vision_features=features).loss.backward()
+    assert not any("attention" in str(operation) for operation in counter.get_flop_counts()["Global"])
+    flops = ModelFlops.of(model, model.vision_tower, model.config)
+    labels, tokens, tiles = batch.valid_labels, len(batch.input_ids), len(batch.tiles)
+    whole = flops.of_step(tokens=tokens, labels=labels, pairs=tokens**2, tiles=tiles)
+    assert whole == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert flops.of_step(tokens=tokens, labels=labels, pairs=0, tiles=tiles) < 0.9 * whole
+
+
+def test_adapters_beside_frozen_weights():
+    """The first block's products pass no gradient on, of which the formula knows nothing: 1 of 8 blocks here."""
+    model, batch = with_decoder({"num_hidden_layers": 8}), make_batch()
+    whole = by_formula(model, batch)
+    add_lora(model, LoraConfig(rank=4, dropout=0.0))
+    assert by_formula(model, batch) < 0.9 * whole
+    assert by_formula(model, batch) == pytest.approx(measured(model, batch, None), rel=0.03)
 
 
 def test_a_frozen_decoder_only_passes_gradients_on():
@@ -83,10 +131,6 @@ def test_recomputed_activations_do_not_count():
 
 def test_the_released_model_at_4096_tokens():
     """32 layers of 3072, 8192 wide; 12 tiles; documents with sum of squares 0.19 T^2: 104 TFLOP, by hand."""
-    from transformers import AutoConfig
-
-    from megablip.model.blip3 import Blip3Config, Blip3ForConditionalGeneration
-
     text = AutoConfig.for_model(
         "phi3", vocab_size=32064, hidden_size=3072, intermediate_size=8192, num_hidden_layers=32,
         num_attention_heads=32, num_key_value_heads=32, tie_word_embeddings=False,
@@ -98,6 +142,13 @@ def test_the_released_model_at_4096_tokens():
     with torch.device("meta"):
         model = Blip3ForConditionalGeneration(Blip3Config(text_config=text, vision_config=vision))
     flops = ModelFlops.of(model, model.vision_tower, model.config)
+    # 0.19 T^2 is of all pairs; causal attention sees half of them.
+    whole = flops.of_step(tokens=4096, labels=4096, pairs=0.19 * 4096**2 / 2, tiles=12)
+    assert whole == pytest.approx(104e12, rel=0.01)
+    # With half of the tokens trained, the head's part is half.
+    assert whole - flops.of_step(tokens=4096, labels=2048, pairs=0.19 * 4096**2 / 2, tiles=12) == pytest.approx(
+        6 * 32064 * 3072 * 2048
+    )
     assert flops.of_step(tokens=4096, labels=4096, pairs=0, tiles=0) == pytest.approx(91.4e12, rel=0.01)
     assert flops.per_pair * 0.19 * 4096**2 / 2 == pytest.approx(1.8e12, rel=0.05)
     assert 12 * flops.per_tile == pytest.approx(8.3e12 + 2.2e12, rel=0.05)
