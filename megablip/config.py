@@ -263,6 +263,8 @@ class EngineConfig(Section):
     """A collective that waits longer ends the run."""
     debug_collectives: bool = operational(False)
     """Compare which modules the ranks enter during the whole run, not during its first steps only."""
+    compile_blocks: bool = operational(False)
+    """Compile the decoder's blocks with torch.compile, at the first step; not with ZeRO-3."""
 
 
 class CheckpointConfig(Section):
@@ -416,6 +418,15 @@ class Config(Section):
                     f"health.{name} ({limit}) must be less than engine.timeout_s ({self.engine.timeout_s}): a "
                     "collective that times out first leaves no stacks"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _compiled_blocks_stand_alone(self) -> Config:
+        if self.engine.compile_blocks and (self.model.activation_checkpointing or self.engine.debug_collectives):
+            raise ValueError(
+                "engine.compile_blocks excludes model.activation_checkpointing, which would compute an attention "
+                "again that the compiler does not see, and engine.debug_collectives, which watches single modules"
+            )
         return self
 
     @model_validator(mode="after")

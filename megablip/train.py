@@ -42,6 +42,7 @@ from megablip.metrics.recorder import Recorder
 from megablip.metrics.startup import StartClock
 from megablip.model.attention import head_sizes, select_backend, use_backend
 from megablip.model.blip3 import Blip3Config, Blip3ForConditionalGeneration
+from megablip.model.compiling import compile_blocks
 from megablip.model.decoder import check_attention
 from megablip.model.layout import check_tokenizer
 from megablip.model.lora import add_lora
@@ -112,7 +113,8 @@ def run(config: Config, topology: Topology, guard: Guard, stop: StopSignal, cloc
         clock.lap("engine")
         objective = objective_of(config)
         recorder = Recorder(config, model_config, topology, engine, tower, loader, progress, clock, objective)
-        guard.watch(engine.module)
+        if not config.engine.compile_blocks:  # without ZeRO-3 there are no collectives inside
+            guard.watch(engine.module)
         health = HealthMonitor(config, topology, progress.step, base, say, recorder.note)
         saver = Saver(config, store, engine, progress, topology, base, say)
         trainer = Trainer(
@@ -137,6 +139,8 @@ def build_trained(model_config: Blip3Config, config: Config) -> Blip3ForConditio
     if config.model.activation_checkpointing:
         # Non-reentrant, for inputs without a gradient are right in it too.
         model.activation_checkpointing_enable({"use_reentrant": False}, config.model.activation_checkpointing)
+    if config.engine.compile_blocks:
+        compile_blocks(model.decoder)
     return model
 
 

@@ -267,6 +267,12 @@ def test_unset_limits_lie_below_the_time_out():
     assert all(0 < limit < 60 for limit in changed(engine__timeout_s=60).health.limits_s(60).values())
 
 
+@pytest.mark.parametrize("other", [{"model__activation_checkpointing": True}, {"engine__debug_collectives": True}])
+def test_compiled_blocks_exclude_what_looks_inside(other):
+    with pytest.raises(ConfigError, match="compile_blocks excludes"):
+        changed(engine__compile_blocks=True, **other)
+
+
 def test_weights_at_a_step():
     schedules = [[(0, 2.0)], [(0, 0.0), (5, 1.0), (9, 3.0)]]
     assert [weights_at(schedules, step) for step in (0, 4, 5, 8, 9, 99)] == [
@@ -289,6 +295,7 @@ OPERATIONAL = {
     "engine__ranks": 2,
     "engine__ds_config": "other",
     "engine__threads": 3,
+    "engine__compile_blocks": True,
     "engine__timeout_s": 5,
     "checkpoint__every_steps": 7,
     "checkpoint__every_minutes": 0.5,

@@ -177,6 +177,12 @@ def test_what_cannot_be_made_right_is_refused_with_the_reason(tmp_path, key, val
         complete_ds_config(EngineConfig(ds_config=str(path)), 1.0, 1, Topology(0, 6, 0, torch.device("cpu")))
 
 
+def test_compiled_blocks_are_refused_with_stage_3():
+    with pytest.raises(ConfigError, match="compile_blocks gains nothing with ZeRO stage 3"):
+        complete_ds_config(EngineConfig(ds_config="zero3", compile_blocks=True), 1.0, 1, ALONE)
+    complete_ds_config(EngineConfig(ds_config="zero2", compile_blocks=True), 1.0, 1, ALONE)
+
+
 @pytest.mark.parametrize("key", ["offload_optimizer", "zero_hpz_partition_size"])
 def test_what_belongs_to_stage_3_is_refused_elsewhere(tmp_path, key):
     ds_config = json.loads((REPOSITORY / "ds_configs" / "zero2.json").read_text())

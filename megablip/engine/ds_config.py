@@ -76,7 +76,7 @@ def read_ds_config(engine: EngineConfig) -> tuple[dict[str, Any], Path]:
     if not isinstance(ds_config, dict) or not all(isinstance(ds_config.get(name), dict) for name in sections):
         raise ConfigError(f"the DeepSpeed config lacks the sections {', '.join(sections)}", where=str(path))
     _check_keys(ds_config, path)
-    _check_strategy(ds_config, engine.precision, path)
+    _check_strategy(ds_config, engine, path)
     return ds_config, path
 
 
@@ -142,14 +142,14 @@ def _check_keys(ds_config: dict[str, Any], path: Path) -> None:
             )
 
 
-def _check_strategy(ds_config: dict[str, Any], precision: str, path: Path) -> None:
+def _check_strategy(ds_config: dict[str, Any], engine: EngineConfig, path: Path) -> None:
     zero = ds_config["zero_optimization"]
     stage = zero.get("stage")
     offload = zero.get("offload_optimizer", {}).get("device", "none")
     refusals = [
         (stage not in (0, 1, 2, 3), f"there is no ZeRO stage {stage}", "use zero1, zero2 or zero3"),
         (
-            stage == 0 and precision == "bf16",
+            stage == 0 and engine.precision == "bf16",
             "ZeRO stage 0 can't train in bf16: DeepSpeed adds gradients up in bf16 there, and fp32 is not to be had",
             "use zero1, which needs less memory and the same traffic, or engine.precision=fp32",
         ),
@@ -167,6 +167,12 @@ def _check_strategy(ds_config: dict[str, Any], precision: str, path: Path) -> No
             "zero_hpz_partition_size" in zero and stage != 3,
             f"zero_hpz_partition_size has no meaning with ZeRO stage {stage}",
             "use zero3_hpz",
+        ),
+        (
+            stage == 3 and engine.compile_blocks,
+            "engine.compile_blocks gains nothing with ZeRO stage 3: hooks before and after each module "
+            "gather its weights, and cut what is compiled there",
+            "use zero1 or zero2, or leave compile_blocks out",
         ),
     ]
     for refused, what, remedy in refusals:
