@@ -120,6 +120,7 @@ def test_loss_and_gradients_are_those_of_the_documents_alone(backend):
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_of_200_packs_none_leaks(backend):
+    """Ten seconds at most for each backend."""
     check_leakage(backend, range(ALL))
     if backend == "per_document":
         check_leakage(backend, range(ALL), torch.bfloat16)
@@ -128,6 +129,7 @@ def test_of_200_packs_none_leaks(backend):
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_200_packs_train_as_their_documents_alone(backend):
+    """Half a minute at most for each backend."""
     check_alone(backend, range(ALL))
 
 
