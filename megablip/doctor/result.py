@@ -116,7 +116,7 @@ def peak_memory(place: Place) -> Iterator[Peak]:
 
 
 class _LiveTensors(TorchDispatchMode):
-    """Counts the bytes of storages that calls of torch return, until they are freed; not what a call needs inside."""
+    """Counts the bytes of what torch's calls return, until they are freed; not what a call needs inside."""
 
     def __init__(self) -> None:
         super().__init__()

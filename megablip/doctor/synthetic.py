@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 from transformers import Phi3Config, PreTrainedModel, SiglipVisionConfig
 
+from megablip.config import Config, parse_config
 from megablip.data.collate import TileMemory, collate, lay_out
 from megablip.doctor.result import Place
 from megablip.engine.build import build_unfilled
@@ -81,7 +83,7 @@ def random_tower(config: Blip3Config, place: Place) -> PreTrainedModel:
 
 @torch.no_grad()
 def fill(module: nn.Module, seed: int) -> None:
-    """Random weights where the parameters lie: norms as they begin, biases zero, all else normal, deviation 0.02."""
+    """Random weights where the parameters lie: norms one, biases zero, all else normal with deviation 0.02."""
     generators: dict[torch.device, torch.Generator] = {}
     for name, parameter in module.named_parameters():
         generator = generators.setdefault(parameter.device, torch.Generator(parameter.device).manual_seed(seed))
@@ -98,3 +100,18 @@ def random_values(
         return torch.ones(shape, dtype=dtype, device=generator.device)
     deviation = 1.0 if name.endswith("latents") else 0.02
     return torch.empty(shape, dtype=dtype, device=generator.device).normal_(0, deviation, generator=generator)
+
+
+def run_config(folder: Path, **sections: Any) -> Config:
+    """A recipe; `sections` replace those of a run that needs no data."""
+    source = {"name": "none", "shards": "none.tar", "schema": "text", "weight": 1}
+    recipe = {
+        "stage": "pretrain",
+        "run_dir": str(folder / "run"),
+        "duration": "1 steps",
+        "model": {"path": str(folder / "start")},
+        "data": {"sources": [source], "sequence_length": 1, "max_tiles": 1},
+        "batch": {"lanes": 1},
+        "optimizer": {"lr": 1e-3},
+    }
+    return parse_config(recipe | sections, where="doctor")
