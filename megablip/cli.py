@@ -261,8 +261,20 @@ def replay(
 
 
 @app.command()
-def doctor() -> None:
-    """Say what this machine has and whether a run would start."""
+def doctor(
+    gpu: Annotated[
+        bool, typer.Option("--gpu", help="check the GPU paths, in ten minutes (without a GPU: small)")
+    ] = False,
+    output: Annotated[Path, typer.Option(help="JSON that --gpu writes")] = Path("doctor.json"),
+) -> None:
+    """Say what this machine has and whether a run would start; with --gpu, compare its results with the reference.
+
+    Ends with 0 if all is right, else with 1.
+    """
+    if gpu:
+        from megablip.doctor.gpu import doctor_gpu
+
+        raise typer.Exit(doctor_gpu(output))
     from megablip.doctor import doctor
 
     raise typer.Exit(doctor())

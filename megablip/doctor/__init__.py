@@ -27,12 +27,16 @@ class Finding:
 
 def doctor() -> int:
     """Print the findings; the number of those that are not right, as exit code (0 or 1)."""
-    findings = [*_packages(), *_device(), *_stale_builds(), _disk()]
+    findings = all_findings()
     table = Table("", "what", "found", "to do")
     for finding in findings:
         table.add_row("ok" if finding.ok else "!!", finding.subject, finding.found, finding.remedy)
     Console().print(table)
     return int(any(not finding.ok for finding in findings))
+
+
+def all_findings() -> list[Finding]:
+    return [*_packages(), *_device(), *_stale_builds(), _disk()]
 
 
 def _packages() -> list[Finding]:

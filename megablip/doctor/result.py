@@ -55,6 +55,12 @@ class Result:
     failed: bool = False
     seconds: float = 0.0
 
+    @classmethod
+    def crash(cls, name: str, error: BaseException | str) -> Result:
+        """What could not be compared; an error's first line says why."""
+        text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+        return cls(name, text.strip().partition("\n")[0], remedy="report this with doctor.json", failed=True)
+
     @property
     def ok(self) -> bool:
         """NaN is not."""

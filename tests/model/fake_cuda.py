@@ -1,0 +1,78 @@
+"""A training step of the full-size model on CUDA tensors without content, in a process of its own.
+
+    python -m tests.model.fake_cuda LIBRARY
+
+No value is computed, but shapes, precisions and devices are those of a GPU: a
+tensor left on the CPU, or a kernel called with what it does not take, is an
+error here as it is there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+ctypes.CDLL(sys.argv[1])  # first: torch asks but once whether there is a CUDA device
+
+from dataclasses import fields  # noqa: E402
+from functools import partial  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import torch  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+
+from megablip.config import Config  # noqa: E402
+from megablip.doctor.full_size import FullSize  # noqa: E402
+from megablip.doctor.result import Place  # noqa: E402
+from megablip.engine.build import build_unfilled  # noqa: E402
+from megablip.model.attention import use_backend  # noqa: E402
+from megablip.model.blip3 import Blip3Config  # noqa: E402
+from megablip.model.vision import build_tower, encode_tiles, freeze  # noqa: E402
+from megablip.records import MicroBatch  # noqa: E402
+from megablip.train import build_trained  # noqa: E402
+
+# All layers once; the other backends differ within a layer.
+RUNS = (("torch_varlen", 32), ("per_document", 1), ("dense", 1))
+
+
+def main() -> None:
+    on_cpu = Place(torch.device("cpu"), False, Path())  # full sizes, without a GPU's pinned memory
+    size = FullSize.of(on_cpu)
+    batch = size.micro_batch(on_cpu)
+    labels = batch.valid_labels
+    # The one size that depends on values: how many labels there are.
+    torch.Tensor.nonzero = lambda self: torch.empty(labels, self.ndim, dtype=torch.int64, device=self.device)
+    for backend, layers in RUNS:
+        use_backend(backend)
+        step(size.with_layers(layers), size.recipe, batch, labels)
+
+
+def step(config: Blip3Config, recipe: Config, batch: MicroBatch, labels: int) -> None:
+    device = torch.device("cuda", 0)
+    with FakeTensorMode() as mode:
+        tower = build_unfilled(lambda: build_tower(config.vision_config, pooling_head=False), torch.bfloat16, device)
+        model = build_unfilled(partial(build_trained, config, recipe), torch.bfloat16, device)
+        freeze(move_buffers(tower, device))
+        move_buffers(model, device).train()
+        tensors = {f.name: getattr(batch, f.name) for f in fields(batch)}
+        fake = {name: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for name, x in tensors.items()}
+        moved = MicroBatch(**fake).to(device)
+        losses = model(packed=moved, vision_features=encode_tiles(tower, moved.tiles))
+        (losses.loss / labels).backward()
+        for name, p in model.named_parameters():
+            assert p.grad is not None, f"{name} has no gradient"
+            assert (p.grad.device, p.grad.dtype, p.grad.shape) == (device, torch.bfloat16, p.shape), name
+        assert losses.document_loss.device == device
+        print(f"{sum(p.numel() for p in model.parameters())} parameters")
+
+
+def move_buffers(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """`module.to`, which fake parameters don't bear; the parameters are there already."""
+    for owner in module.modules():
+        for name, buffer in owner.named_buffers(recurse=False):
+            setattr(owner, name, buffer.to(device))
+    return module
+
+
+if __name__ == "__main__":
+    main()
