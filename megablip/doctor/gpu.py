@@ -31,6 +31,7 @@ from rich.table import Column, Table
 
 from megablip import __version__
 from megablip.doctor.result import Place, Result
+from megablip.engine.topology import computes_on_gpu
 
 LIMITS_S = {"machine": 30, "attention": 70, "loss": 40, "engine": 110, "resume": 150, "throughput": 90, "step": 100}
 """The checks, modules beside this one, and the seconds that each may take."""
@@ -99,21 +100,21 @@ def run_check(name: str, limit_s: float, folder: Path) -> tuple[list[Result], st
     lines = results.read_text().splitlines() if results.exists() else []
     found = [Result(**json.loads(line)) for line in lines]
     said = log.read_text(errors="replace").splitlines()[-_LOG_LINES:]
-    if code != 0 and not any(result.failed for result in found):
+    if code != 0:
         found.append(Result.crash("the check itself", f"{problem}; it said last: {said[-1] if said else 'nothing'}"))
     return found, "\n".join(said)
 
 
 def results_of(check: Callable[[Place], Iterator[Result]], place: Place) -> Iterator[Result]:
-    """What a check yields, each result with the seconds it took; an error ends it as a result that has failed."""
+    """What a check yields, each result with the seconds it took; an error ends it, as a result that has failed."""
     began = time.perf_counter()
     try:
         for result in check(place):
             yield replace(result, seconds=time.perf_counter() - began)
             began = time.perf_counter()
     except Exception as error:
+        traceback.print_exc()
         yield replace(Result.crash("the check itself", error), seconds=time.perf_counter() - began)
-        raise
 
 
 def main() -> None:
@@ -121,19 +122,15 @@ def main() -> None:
     import torch
 
     name, output, folder = sys.argv[1:]
-    on_gpu = torch.cuda.is_available()
+    on_gpu = computes_on_gpu()
     place = Place(torch.device("cuda", 0) if on_gpu else torch.device("cpu"), not on_gpu, Path(folder))
-    check, code = importlib.import_module(f"megablip.doctor.{name}").check, 0
+    check = importlib.import_module(f"megablip.doctor.{name}").check
     with open(output, "a", buffering=1) as stream:  # a line at a time: what was found stays, whatever comes
-        try:
-            for result in results_of(check, place):
-                stream.write(json.dumps(asdict(result)) + "\n")
-        except Exception:
-            traceback.print_exc()
-            code = 1
+        for result in results_of(check, place):
+            stream.write(json.dumps(asdict(result)) + "\n")
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # threads of NCCL and gloo can hold up an interpreter's own exit
+    os._exit(0)  # threads of NCCL and gloo can hold up an interpreter's own exit
 
 
 def _environment(name: str) -> dict[str, str]:

@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 
 from megablip.engine.startup import spare_builds
 
+_GPU_DEVICES = ("/dev/nvidiactl", "/dev/dxg")  # of Linux, and of Linux under Windows
 _FIRST_PORT, _PORTS = 10000, 20000  # below the range that systems give to outgoing connections
 
 
@@ -67,14 +68,25 @@ class Topology:
 
 
 def has_gpu() -> bool:
-    """Whether the NVIDIA driver is loaded; found without importing torch."""
-    return Path("/dev/nvidiactl").exists()
+    """Whether there is an NVIDIA GPU that is not hidden from this process; found without importing torch."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    return not hidden and any(Path(device).exists() for device in _GPU_DEVICES)
 
 
 def announce_cpu() -> None:
     """Tell DeepSpeed where there is no GPU; it would search, and warn, at each import."""
     if not has_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def computes_on_gpu() -> bool:
+    """Whether this process's model goes to a GPU: if torch has one, and DeepSpeed's variable does not say otherwise.
+
+    DeepSpeed goes by that variable; to go by another rule here would end in tensors on two devices.
+    """
+    import torch
+
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
 
 
 def init_distributed(timeout_s: int, threads: int = 0) -> Topology:
@@ -88,7 +100,7 @@ def init_distributed(timeout_s: int, threads: int = 0) -> Topology:
         os.environ.setdefault(name, value)
     import torch
 
-    on_gpu = torch.cuda.is_available()
+    on_gpu = computes_on_gpu()
     if on_gpu and torch.cuda.device_count() == 1:
         os.environ["LOCAL_RANK"] = "0"  # srun --gpus-per-task=1: each rank sees its own GPU only
     if not on_gpu:

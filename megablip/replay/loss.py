@@ -20,6 +20,7 @@ from megablip.checkpoint.export import ExportReader, file_hash, load_tower
 from megablip.checkpoint.slices import SliceReader
 from megablip.config import dump_config
 from megablip.data.collate import collate
+from megablip.engine.topology import computes_on_gpu
 from megablip.errors import MegablipError
 from megablip.model.blip3 import Blip3Config, Blip3ForConditionalGeneration
 from megablip.model.vision import encode_tiles
@@ -45,7 +46,7 @@ def document_losses(step: ReplayedStep, weights: Path | None) -> list[torch.Tens
     if step.checkpoint:
         tokenizer = file_hash(Path(config.model.path) / "tokenizer.json")
         step.checkpoint.check(config, {"model": export.hash(), "tokenizer": tokenizer})
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if computes_on_gpu() else "cpu")
     dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
     trained_tower = config.model.train_tower
     with no_init_weights():

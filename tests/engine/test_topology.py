@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from megablip.engine.topology import _ranks_per_node, first_host, rendezvous
+from megablip.engine import topology
+from megablip.engine.topology import _ranks_per_node, computes_on_gpu, first_host, has_gpu, rendezvous
 
 REPOSITORY = Path(__file__).parents[2]
 MEET = """
@@ -117,3 +118,27 @@ def test_two_ranks_of_torchrun_meet(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in (0, 1):
         assert f"rank {rank} of 2, 2 a node, sum 3" in done.stdout
+
+
+def test_a_hidden_gpu_is_none(monkeypatch, tmp_path):
+    monkeypatch.setattr(topology, "_GPU_DEVICES", (str(tmp_path),))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert has_gpu()
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert not has_gpu()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert has_gpu()
+    monkeypatch.setattr(topology, "_GPU_DEVICES", (str(tmp_path / "none"),))
+    assert not has_gpu()
+
+
+def test_torch_and_deepspeed_choose_the_same_device(monkeypatch):
+    """Where torch sees a GPU and DeepSpeed was told to use the CPU, the model once went to the GPU."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    for variable, on_gpu in ((None, True), ("cuda", True), ("cpu", False)):
+        if variable is None:
+            monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+        else:
+            monkeypatch.setenv("DS_ACCELERATOR", variable)
+        assert computes_on_gpu() == on_gpu
