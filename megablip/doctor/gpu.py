@@ -29,7 +29,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from megablip import __version__
 from megablip.doctor.result import Place, Result
 from megablip.engine.topology import computes_on_gpu
 
@@ -61,7 +60,7 @@ def doctor_gpu(output: Path) -> int:
     compared = sum(result.tolerance is not None for results in found.values() for result in results)
     report = {
         "format": FORMAT,
-        "megablip": __version__,
+        "megablip": machine.get("megablip"),
         "started": started,
         "seconds": time.monotonic() - began,
         "device": {"type": machine.get("type"), "name": machine.get("device")},

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
+from importlib import metadata
 
 import torch
 
@@ -12,6 +14,8 @@ from megablip.doctor.result import Place, Result
 
 def check(place: Place) -> Iterator[Result]:
     yield Result("type", place.device.type)
+    with suppress(metadata.PackageNotFoundError):  # run from a checkout
+        yield Result("megablip", metadata.version("megablip"))
     for finding in all_findings():
         yield Result(finding.subject, finding.found, remedy=finding.remedy, failed=not finding.ok)
     if place.on_gpu:

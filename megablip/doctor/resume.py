@@ -14,9 +14,9 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megablip.checkpoint.commit import newest_committed, open_checkpoint
-from megablip.checkpoint.convert import init_model
 from megablip.checkpoint.slices import SliceReader
 from megablip.config import dump_config
+from megablip.convert.init import init_model
 from megablip.doctor.result import Place, Result
 from megablip.doctor.synthetic import run_config
 from megablip.errors import MegablipError

@@ -49,11 +49,19 @@ def main() -> None:
 
 def step(config: Blip3Config, recipe: Config, batch: MicroBatch, labels: int) -> None:
     device = torch.device("cuda", 0)
+    # Built outside: building compares values, and fake tensors have none.
+    tower, model = (
+        build_unfilled(build, torch.bfloat16, torch.device("meta"))
+        for build in (
+            lambda: build_tower(config.vision_config, pooling_head=False),
+            partial(build_trained, config, recipe),
+        )
+    )
     with FakeTensorMode() as mode:
-        tower = build_unfilled(lambda: build_tower(config.vision_config, pooling_head=False), torch.bfloat16, device)
-        model = build_unfilled(partial(build_trained, config, recipe), torch.bfloat16, device)
-        freeze(move_buffers(tower, device))
-        move_buffers(model, device).train()
+        for module in (tower, model):
+            to_fake_device(module, mode, device)
+        freeze(tower)
+        model.train()
         tensors = {f.name: getattr(batch, f.name) for f in fields(batch)}
         fake = {name: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for name, x in tensors.items()}
         moved = MicroBatch(**fake).to(device)
@@ -66,12 +74,13 @@ def step(config: Blip3Config, recipe: Config, batch: MicroBatch, labels: int) ->
         print(f"{sum(p.numel() for p in model.parameters())} parameters")
 
 
-def move_buffers(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-    """`module.to`, which fake parameters don't bear; the parameters are there already."""
+def to_fake_device(module: torch.nn.Module, mode: FakeTensorMode, device: torch.device) -> None:
     for owner in module.modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            setattr(owner, name, torch.nn.Parameter(empty, requires_grad=parameter.requires_grad))
         for name, buffer in owner.named_buffers(recurse=False):
-            setattr(owner, name, buffer.to(device))
-    return module
+            setattr(owner, name, mode.from_tensor(buffer).to(device))
 
 
 if __name__ == "__main__":
