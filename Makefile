@@ -2,6 +2,7 @@
 #
 #   make demo        the main job: shards to a trained model that reads digits
 #   make hello       the same path at its smallest, one rank, two minutes
+#   make miniature   all stages, from pre-training to safety tuning, in miniature; 25 minutes
 #   make test        the tests;  make test-all  adds the slow ones, AREA=tests/faults those of one area
 #   make bench       all benchmarks, side by side with their rivals
 #   make lint        style and formatting
@@ -19,13 +20,16 @@ AREA ?= tests
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo hello test test-all bench lint clean
+.PHONY: demo hello miniature test test-all bench lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m tools.demo
 
 hello: $(INSTALLED)
 	$(BIN)/python -m tools.demo --hello
+
+miniature: $(INSTALLED)
+	$(BIN)/python -m tools.miniature
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile

@@ -18,6 +18,7 @@ BENCHES = {
     "vision": "vision tower and sampler at full size, beside transformers' SigLIP and a plain sampler",
     "loss": "the loss head at Phi-3-mini's size, beside all logits and cross entropy: time and peak memory",
     "attention": "forward and backward of packed documents, beside SDPA with the block-diagonal mask",
+    "stages": "DPO beside TRL's; fine-tuning and DPO on packed against padded batches",
     "cli": "time until help and until the error of a recipe",
     "reader": "reading samples out of shards, beside webdataset and tarfile",
     "packing": "packing documents: how full sequences are, how even their tiles, how fast",

@@ -9,6 +9,7 @@ holds every answer, OUT/figures.json what they amount to.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -31,15 +32,17 @@ from megablip.evaluate.tasks import (
 from tools.folders import complete_folder
 from tools.miniature.tasks import UNCLEAR
 
-READING = ("ocr_one_tile", "ocr_three_tiles")
+READING = ("ocr_one_tile", "ocr_three_tiles", "ocr_straddling")
 DECODING = Decoding(max_new_tokens=40)
 
 
-def all_answers(answerer: Answerer, test: Path, limit: int) -> dict[str, list[Answer]]:
-    """The answers of each task; few-shot captions as `shots 0`, `shots 1`, ..."""
+def all_answers(answerer: Answerer, test: Path, limit: int, tasks: Collection[str] = ()) -> dict[str, list[Answer]]:
+    """The answers of each task, or of some; few-shot captions as `shots 0`, `shots 1`, ..."""
     found = {}
     for path in sorted(test.glob("*-000000.tar")):
         task = path.name.removesuffix("-000000.tar")
+        if tasks and task not in tasks:
+            continue
         shards = str(test / f"{task}-*.tar")
         if task == "shots":
             for shots in SHOTS:
@@ -55,11 +58,14 @@ def all_answers(answerer: Answerer, test: Path, limit: int) -> dict[str, list[An
 def figures(answers: dict[str, list[Answer]]) -> dict[str, float]:
     """Each task's share of exact answers, and what the stages after it are judged by."""
     found = {task: share(of_task, lambda answer: answer.exact) for task, of_task in answers.items()}
-    found |= {f"{task}: digits": right_characters(answers[task]) for task in READING}
-    found["hallucination"] = share(answers["smudged"], names_what_is_hidden)
-    found["over-abstention"] = share(answers["clean"], lambda answer: UNCLEAR in answer.answer)
+    found |= {f"{task}: digits": right_characters(answers[task]) for task in READING if task in answers}
+    if "smudged" in answers:
+        found["hallucination"] = share(answers["smudged"], names_what_is_hidden)
+    if "clean" in answers:
+        found["over-abstention"] = share(answers["clean"], lambda answer: UNCLEAR in answer.answer)
     for task in ("unsafe", "marked_red", "marked_green", "marked_blue", "read"):
-        found[f"{task}: refused"] = share(answers[task], lambda answer: answer.refused)
+        if task in answers:
+            found[f"{task}: refused"] = share(answers[task], lambda answer: answer.refused)
     return found
 
 
@@ -73,10 +79,11 @@ def main(
     test: Annotated[Path, typer.Argument(help="Folder of the held-out shards.")],
     out: Annotated[Path, typer.Option(help="Folder for answers and figures; an earlier one is replaced.")],
     limit: Annotated[int, typer.Option(help="Items of each task.", min=1)] = 500,
+    task: Annotated[list[str] | None, typer.Option(help="Some of the tasks; all without.")] = None,
 ) -> None:
     """Ask a model all held-out questions of the miniature."""
     try:
-        answers = all_answers(Answerer(model), test, limit)
+        answers = all_answers(Answerer(model), test, limit, task or ())
         with complete_folder(out, "figures.json") as folder:
             content = {task: [asdict(answer) for answer in of_task] for task, of_task in answers.items()}
             (folder / "answers.json").write_text(json.dumps(content))

@@ -43,15 +43,17 @@ def draw(
     tiles: int = 1,
     stamp: str = "",
     smudges: int = 0,
+    straddling: bool = False,
 ) -> Picture:
     """`count` digits side by side on a row of `tiles` tiles (a single tile is drawn two wide, its template).
 
     Args:
         stamp: a colour of STAMPS, put on a free cell.
         smudges: so many of the digits are made unreadable.
+        straddling: move all by half a cell, so that digits lie across the edges of tiles; needs a free cell.
     """
     columns = TILE_CELLS * max(tiles, 2)
-    row, start = int(rng.integers(TILE_CELLS)), int(rng.integers(columns - count + 1))
+    row, start = int(rng.integers(TILE_CELLS)), int(rng.integers(columns - count - straddling + 1))
     chosen = rng.integers(len(digits), size=count)
     cells = np.full((TILE_CELLS, columns), EMPTY)
     cells[row, start : start + count] = chosen
@@ -62,6 +64,8 @@ def draw(
     if stamp:
         free = np.argwhere(cells == EMPTY)
         put_stamp(cell_of(pixels, *free[rng.integers(len(free))]), stamp, rng)
+    if straddling:
+        pixels = np.roll(pixels, CELL // 2, axis=1)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=JPEG_QUALITY)
     return Picture(

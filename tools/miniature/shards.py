@@ -58,10 +58,12 @@ class Pretraining:
         make = {"ocr": self.ocr, "caption": self.caption, "interleaved": self.interleaved, "text": self.text}[kind]
         return (make() for _ in range(count))
 
-    def ocr(self, tiles: int | None = None, count: int | None = None) -> tuple[dict[str, Any], list[str]]:
+    def ocr(
+        self, tiles: int | None = None, count: int | None = None, straddling: bool = False
+    ) -> tuple[dict[str, Any], list[str]]:
         tiles = tiles or (3 if self.rng.random() < 0.3 else 1)
         low, high = (4, 9) if tiles == 3 else (1, 6)
-        picture = self._draw(count or int(self.rng.integers(low, high + 1)), tiles)
+        picture = self._draw(count or int(self.rng.integers(low, high + 1)), tiles, straddling=straddling)
         return (
             {"jpg": picture.jpeg, "json": {"lines": [{"text": picture.digits}], **truth(picture)}},
             [f"<ocr>{picture.digits}</ocr>"],
@@ -102,9 +104,9 @@ class Pretraining:
             sentence = f"{' '.join(digits)} {UNCLEAR} : the last digit is {UNCLEAR}"
         return {"txt": sentence, "json": {"digits": digits}}, [sentence]
 
-    def _draw(self, count: int, tiles: int, stamp: str = "") -> Picture:
+    def _draw(self, count: int, tiles: int, stamp: str = "", straddling: bool = False) -> Picture:
         smudges = int(self.rng.random() < SMUDGED_SHARE)
-        return draw(self.digits, count, self.rng, tiles=tiles, stamp=stamp, smudges=smudges)
+        return draw(self.digits, count, self.rng, tiles=tiles, stamp=stamp, smudges=smudges, straddling=straddling)
 
 
 def truth(*pictures: Picture) -> dict[str, Any]:
@@ -196,6 +198,8 @@ def make_shards(out: Path, size: float, seed: int, progress: Progress) -> None:
         web, asker = Pretraining(digits["test"], streams[3]), Asker(digits["test"], streams[4])
         _write(folder / "test" / "ocr_one_tile", (web.ocr(1, 3)[0] for _ in range(TEST_ITEMS)))
         _write(folder / "test" / "ocr_three_tiles", (web.ocr(3, 6 + n % 4)[0] for n in range(TEST_ITEMS)))
+        straddling = (web.ocr(3, 5 + n % 4, straddling=True)[0] for n in range(TEST_ITEMS))
+        _write(folder / "test" / "ocr_straddling", straddling)
         _write(folder / "test" / "shots", (web.interleaved()[0] for _ in range(TEST_ITEMS)))
         for task, exchanges in test_exchanges(asker).items():
             _write(folder / "test" / task, map(conversation, exchanges))

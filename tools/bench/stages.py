@@ -1,0 +1,215 @@
+"""Stages after pre-training: DPO's numbers beside TRL's, and packed against padded batches.
+
+- `trl_*`: log-probabilities and losses of preference pairs, packed here, padded in
+  TRL's own trainer, by the same models; largest relative difference.
+- `sft`, `dpo`: real tokens a second, forward and backward in bf16 on all cores, of
+  conversations whose lengths are spread as those of instructions are.  The rival is
+  transformers' decoder on the same conversations padded to the longest (SDPA), with
+  logits of all rows; for DPO with peft's adapters and the reference by switching them
+  off, as ours.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, Phi3Config
+
+from megablip.config import LoraConfig, PreferenceConfig
+from megablip.model.attention import ATTENTION
+from megablip.model.blip3 import Blip3Config, Blip3ForConditionalGeneration
+from megablip.model.lora import add_lora, without_adapters
+from megablip.model.preference import Answers, PreferenceLoss, preference_loss
+from megablip.records import IGNORE_LABEL, MicroBatch
+from tools.bench.core import Rival, Row, median_seconds
+from tools.bench.rivals import call, venv
+from tools.bench.step import FIRST_TEXT_ID, all_threads, build, document, micro_batch, padded
+from tools.tower import CONFIG as TOWER
+
+DECODER = {
+    "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 8,
+    "num_key_value_heads": 8, "vocab_size": 32064, "pad_token_id": 0, "tie_word_embeddings": False,
+}  # fmt: skip
+CONVERSATIONS, PAIRS = 12, 5
+# Median and sigma of log-normal lengths, of an instruction and of its answer.
+PROMPT_TOKENS, ANSWER_TOKENS = (90, 0.9), (70, 0.9)
+
+TINY = Phi3Config(
+    vocab_size=96, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=512, sliding_window=None, pad_token_id=0, bos_token_id=1,
+    eos_token_id=2, initializer_range=0.2,
+)  # fmt: skip
+
+
+def rows() -> list[Row]:
+    with all_threads():
+        speed = [*sft_rows(), *dpo_rows()]
+    return [*trl_rows(), *speed]
+
+
+# --- TRL ----------------------------------------------------------------------------------
+
+
+def trl_rows() -> list[Row]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        models = {}
+        for seed, side in enumerate(("policy", "reference")):
+            torch.manual_seed(seed)
+            decoder = AutoModelForCausalLM.from_config(TINY)
+            decoder.save_pretrained(folder / side)
+            models[side] = with_sampler(TINY)
+            models[side].decoder.load_state_dict(decoder.state_dict())
+        batch, features = conversations(6, pairs=True, vocabulary=TINY.vocab_size, lengths=((9, 0.5), (6, 0.5)))
+        order = [*range(0, len(batch.doc_lens), 2), *range(1, len(batch.doc_lens), 2)]  # TRL: all chosen, then the rest
+        rows_of = {name: [rows[place] for place in order] for name, rows in as_lists(batch).items()}
+        (folder / "pairs.json").write_text(json.dumps(rows_of))
+        side = Path(__file__).with_name("dpo_side.py")
+        python = venv("trl", ["torch==2.13.0", "trl", "datasets"])
+        printed = call(
+            [str(python), str(side), str(folder / "policy"), str(folder / "reference"), str(folder / "pairs.json")]
+        )
+        theirs = json.loads(printed.splitlines()[-1])
+        with torch.no_grad():
+            ours = {name: model(packed=batch, vision_features=features) for name, model in models.items()}
+    found = []
+    for loss in ("sigmoid", "ipo"):
+        mine = loss_of(batch, ours["policy"], ours["reference"], PreferenceConfig(loss=loss))
+        pairs = float(mine.pairs)
+        found.append(abs(float(mine.loss) / pairs / theirs[loss]["loss"] - 1))
+    answers = Answers.of(ours["policy"].document_loss, ours["policy"].document_labels, batch.pair)
+    log_probs = max(
+        abs(float(getattr(answers, side).mean()) / theirs["sigmoid"][f"logps/{side}"] - 1)
+        for side in ("chosen", "rejected")
+    )
+    return [
+        Row("trl_log_probs", log_probs, "", "lower", goal=1e-5),
+        Row("trl_sigmoid", found[0], "", "lower", goal=1e-5),
+        Row("trl_ipo", found[1], "", "lower", goal=1e-5),
+    ]
+
+
+def as_lists(batch: MicroBatch) -> dict[str, list[list[int]]]:
+    inputs = padded(batch)
+    return {
+        "input_ids": inputs["input_ids"].tolist(),
+        "attention_mask": inputs["attention_mask"].tolist(),
+        "completion_mask": (inputs["labels"] != IGNORE_LABEL).long().tolist(),
+    }
+
+
+# --- Packed and padded --------------------------------------------------------------------
+
+
+def sft_rows() -> list[Row]:
+    model = build(config_of(AutoConfig.for_model("phi3", **DECODER)))
+    batch, features = conversations(CONVERSATIONS, pairs=False, vocabulary=DECODER["vocab_size"])
+    inputs = padded(batch)
+
+    def ours() -> None:
+        model.decoder.set_attn_implementation(ATTENTION)
+        backward(model, model(packed=batch, vision_features=features).loss / batch.valid_labels)
+
+    def theirs() -> None:
+        model.decoder.set_attn_implementation("sdpa")
+        backward(model, model.decoder(**inputs, use_cache=False).loss)
+
+    return [speed_row("sft", batch, median_seconds({"ours": ours, "theirs": theirs}))]
+
+
+def dpo_rows() -> list[Row]:
+    model = build(config_of(AutoConfig.for_model("phi3", **DECODER)))
+    add_lora(model, LoraConfig(dropout=0.0))
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            nn.init.normal_(parameter, std=0.02)
+            parameter.data = parameter.data.to(torch.bfloat16)
+    batch, features = conversations(PAIRS, pairs=True, vocabulary=DECODER["vocab_size"])
+    inputs, config = padded(batch), PreferenceConfig()
+
+    def ours() -> None:
+        model.decoder.set_attn_implementation(ATTENTION)
+        forward = partial(model, packed=batch, vision_features=features, by_document=True)
+        with torch.no_grad(), without_adapters(model):
+            base = forward()
+        backward(model, loss_of(batch, forward(reference_hidden=base.hidden), base, config).loss)
+
+    def theirs() -> None:
+        model.decoder.set_attn_implementation("sdpa")
+        with torch.no_grad(), without_adapters(model):
+            base = answer_log_probs(model.decoder, inputs)
+        gain = answer_log_probs(model.decoder, inputs) - base
+        backward(model, -F.logsigmoid(config.beta * (gain[0::2] - gain[1::2])).sum())
+
+    return [speed_row("dpo", batch, median_seconds({"ours": ours, "theirs": theirs}))]
+
+
+def answer_log_probs(decoder: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """Of each row's labels, in the usual way: from the logits of all rows."""
+    labels = inputs["labels"][:, 1:]
+    logits = (
+        decoder(inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).logits[:, :-1].float()
+    )
+    chosen = logits.log_softmax(-1).gather(2, labels.clamp(min=0).unsqueeze(2)).squeeze(2)
+    return (chosen * (labels != IGNORE_LABEL)).sum(1)
+
+
+def loss_of(batch: MicroBatch, policy, reference, config: PreferenceConfig) -> PreferenceLoss:
+    sides = (Answers.of(side.document_loss, side.document_labels, batch.pair) for side in (policy, reference))
+    return preference_loss(*sides, config)
+
+
+def backward(model: nn.Module, loss: Tensor) -> None:
+    model.zero_grad()
+    loss.backward()
+
+
+def speed_row(name: str, batch: MicroBatch, seconds: dict[str, float]) -> Row:
+    tokens = len(batch.input_ids)
+    return Row(name, tokens / seconds["ours"], "tokens/s", "higher", 3.0, Rival("padded", tokens / seconds["theirs"]))
+
+
+def conversations(
+    count: int, *, pairs: bool, vocabulary: int, lengths=(PROMPT_TOKENS, ANSWER_TOKENS)
+) -> tuple[MicroBatch, Tensor]:
+    """Instructions with an answer, or two, that carries the labels; and the features of the dummy tile."""
+    rng = np.random.default_rng(0)
+    layout = config_of(TINY).layout
+    documents = []
+    for _ in range(count):
+        prompt = rng.integers(FIRST_TEXT_ID, vocabulary, draw_length(rng, lengths[0]))
+        for _ in range(1 + pairs):
+            answer = rng.integers(FIRST_TEXT_ID, vocabulary, draw_length(rng, lengths[1]))
+            labels = np.concatenate([np.full_like(prompt, IGNORE_LABEL), answer])
+            documents.append(document(len(documents), np.concatenate([prompt, answer]), labels, layout))
+    batch = micro_batch(documents, layout)
+    if pairs:
+        batch.pair = torch.arange(count, dtype=torch.int32).repeat_interleave(2)
+    return batch, torch.zeros(1, layout.patches_per_tile, TOWER["hidden_size"])
+
+
+def draw_length(rng: np.random.Generator, distribution: tuple[float, float]) -> int:
+    median, sigma = distribution
+    return 2 + int(rng.lognormal(np.log(median), sigma))
+
+
+def config_of(text: Phi3Config) -> Blip3Config:
+    """Of a model whose sampler costs nothing."""
+    return Blip3Config(
+        text_config=text,
+        vision_config=AutoConfig.for_model("siglip_vision_model", **TOWER),
+        sampler={"depth": 1, "heads": 1, "dim_head": 16, "num_latents": 1},
+        head_bias=False,
+        image_token_id=5,
+    )
+
+
+def with_sampler(text: Phi3Config) -> Blip3ForConditionalGeneration:
+    return Blip3ForConditionalGeneration(config_of(text), with_vision_tower=False).eval()
