@@ -1,4 +1,4 @@
-"""The chain of all stages in miniature: each starts from the export of the one before and is asked the same questions."""
+"""The chain of all stages in miniature: each starts from the export of the one before, and all are asked the same."""
 
 from __future__ import annotations
 
