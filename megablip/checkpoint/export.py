@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,6 +16,9 @@ from megablip.errors import CheckpointError
 from megablip.model.lora import base_name, initial_adapter
 from megablip.model.vision import build_tower, freeze
 from megablip.records import MASTER
+
+if TYPE_CHECKING:  # takes DeepSpeed with it
+    from megablip.engine.zero import ReadSlice
 
 VISION_TOWER = "vision_tower"
 """The tower's prefix in an export."""
@@ -117,7 +119,7 @@ class ExportReader:
         return self._open[name]
 
 
-def first_weights(export: ExportReader, seed: int) -> Callable[[str, str, tuple[int, ...], int, int], torch.Tensor]:
+def first_weights(export: ExportReader, seed: int) -> ReadSlice:
     """What a run begins with, slice by slice: the export's weights, and fresh adapters where the model has them."""
 
     def read(name: str, kind: str, shape: tuple[int, ...], start: int, end: int) -> torch.Tensor:

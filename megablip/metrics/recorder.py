@@ -167,6 +167,7 @@ class Recorder:
         sequences = batch.lanes * batch.sequences_per_lane
         scalars = {
             "loss": sums.loss,
+            **({"token_loss": sums.token_loss} if sums.by_pair else {}),
             **{f"preference/{name}": value for name, value in sums.by_pair.items() if name != "loss"},
             **{f"loss_by_source/{name}": loss for name, loss in sums.loss_by_source.items()},
             "tokens_seen": progress.tokens,

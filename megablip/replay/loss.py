@@ -10,22 +10,27 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from rich.progress import track
 from torch import nn
 from transformers.initialization import no_init_weights
 
-from megablip.checkpoint.export import ExportReader, file_hash, load_tower
+from megablip.checkpoint.export import ExportReader, file_hash, first_weights, load_tower
 from megablip.checkpoint.slices import SliceReader
 from megablip.config import dump_config
 from megablip.data.collate import collate
 from megablip.engine.topology import computes_on_gpu
 from megablip.errors import MegablipError
 from megablip.model.blip3 import Blip3Config, Blip3ForConditionalGeneration
+from megablip.model.lora import add_lora
 from megablip.model.vision import encode_tiles
 from megablip.records import MASTER
 from megablip.replay.batch import ReplayedStep
+
+if TYPE_CHECKING:  # takes DeepSpeed with it
+    from megablip.engine.zero import ReadSlice
 
 
 @torch.no_grad()
@@ -50,10 +55,11 @@ def document_losses(step: ReplayedStep, weights: Path | None) -> list[torch.Tens
     dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
     trained_tower = config.model.train_tower
     with no_init_weights():
-        model = Blip3ForConditionalGeneration(
-            model_config, with_vision_tower=trained_tower, train_tower=trained_tower
-        ).to(device)
-    _load(model, SliceReader(weights) if weights else None, export, dtype)
+        model = Blip3ForConditionalGeneration(model_config, with_vision_tower=trained_tower, train_tower=trained_tower)
+        if config.model.lora:
+            add_lora(model, config.model.lora)
+        model.to(device)
+    _load(model, SliceReader(weights) if weights else None, first_weights(export, config.seed), dtype)
     tower = None if trained_tower else load_tower(export, model_config.vision_config, dtype, device)
     found = []
     for sequence in track(step.sequences, "computing the loss", transient=True):
@@ -65,15 +71,19 @@ def document_losses(step: ReplayedStep, weights: Path | None) -> list[torch.Tens
     return found
 
 
-def _load(model: nn.Module, reader: SliceReader | None, export: ExportReader, dtype: torch.dtype) -> None:
-    """From the fp32 masters, rounded as the run rounds them; buffers stay as a plain build has them."""
+def _load(model: nn.Module, reader: SliceReader | None, first: ReadSlice, dtype: torch.dtype) -> None:
+    """From the fp32 masters, rounded as the run rounds them; buffers stay as a plain build has them.
+
+    Args:
+        first: gives what the run began with.
+    """
     model.train()  # as in training, where modules tell it from generation
     for name, parameter in model.named_parameters():
         shape = tuple(parameter.shape)
         if reader and name in reader.parameters:
             values = reader.whole(name)
         else:
-            values = export.read(name, MASTER, shape, 0, parameter.numel()).view(shape)
+            values = first(name, MASTER, shape, 0, parameter.numel()).view(shape)
         parameter.data = values.to(parameter.device, dtype)
 
 

@@ -43,8 +43,8 @@ def replay(run_dir: Path, number: int, page: Path, weights: Weights) -> bool:
     losses = None
     if weights != "none":
         losses, (loss, computed_with) = _losses(step, weights, say)
-        facts.append(("loss", f"{loss:.6f}, {computed_with}"))
-        facts.append(("loss that was logged", _logged_loss(logged.get("loss"), loss)))
+        facts.append(("loss of tokens", f"{loss:.6f}, {computed_with}"))
+        facts.append(("loss that was logged", _logged_loss(logged.get("token_loss", logged.get("loss")), loss)))
     console.print(_table(step, losses))
     for name, value in facts:
         say(f"{name}: {value}")
