@@ -98,9 +98,8 @@ def test_a_step_after_a_checkpoint_has_the_loss_that_was_logged(run_dir, tmp_pat
     assert replay(run_dir, CUT + 1, tmp_path / "page.html", "step")
     assert contents(run_dir) == before, "a run is never written to"
     said = " ".join(capsys.readouterr().out.split())
-    assert float(re.search(r"loss of tokens: ([0-9.]+), with the weights that the step began with \(fp32\)", said)[1]) == (
-        pytest.approx(logged(run_dir, CUT + 1)["loss"], rel=1e-5)
-    )
+    found = re.search(r"loss of tokens: ([0-9.]+), with the weights that the step began with \(fp32\)", said)
+    assert float(found[1]) == (pytest.approx(logged(run_dir, CUT + 1)["loss"], rel=1e-5))
     assert "the one that was logged" in said
     assert (tmp_path / "page.html").read_text().count("<figure>") == logged(run_dir, CUT + 1)["documents_seen"] - (
         logged(run_dir, CUT)["documents_seen"]
@@ -112,7 +111,9 @@ def test_weights_between_checkpoints_are_trained_up_to(run_dir, tmp_path, capsys
     assert replay(run_dir, CUT + 2, tmp_path / "page.html", "step")
     assert contents(run_dir) == before
     said = " ".join(capsys.readouterr().out.split())
-    loss = float(re.search(r"loss of tokens: ([0-9.]+), with the weights that the step began with: trained on", said)[1])
+    loss = float(
+        re.search(r"loss of tokens: ([0-9.]+), with the weights that the step began with: trained on", said)[1]
+    )
     assert loss == pytest.approx(logged(run_dir, CUT + 2)["loss"], rel=1e-4)
     assert replay(run_dir, CUT + 2, tmp_path / "page.html", "checkpoint")
     said = " ".join(capsys.readouterr().out.split())
