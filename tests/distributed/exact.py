@@ -36,8 +36,8 @@ def train_in_turn(topology: Topology, recipe: str, attempts: list[list[str]]) ->
     loads: list[dict[str, Any]] = []
     load = ZeroEngine.load
 
-    def load_and_compare(self: ZeroEngine, read: Any, *, moments: bool, adam_step: int = 0) -> None:
-        load(self, read, moments=moments, adam_step=adam_step)
+    def load_and_compare(self: ZeroEngine, read: Any, *, moments: bool, **others: Any) -> None:
+        load(self, read, moments=moments, **others)
         if moments:
             loads[-1] |= {"loaded": 0, "differ": []}
         for piece in self.local_slices() if moments else ():
