@@ -60,7 +60,7 @@ def average(run_dir: Path, output: Path, last: int, dtype: str = "fp32", remote_
     if any(model.trained != newest.trained for model in models):
         raise CheckpointError("the checkpoints differ in what was trained", where=str(run_dir))
     mean = Mean([model.weights for model in models], newest.trained)
-    with new_folder(output) as staging, beside(lambda: [model.verify() for model in models]):
+    with new_folder(output) as staging, beside([check for model in models for check in model.checks()]):
         copy_companions(newest.start.where, staging, torch_dtype, newest.config_changes, remote_code=remote_code)
         with ShardWriter(staging, mean.shapes, torch_dtype, title="averaging") as writer:
             copy(mean, writer)

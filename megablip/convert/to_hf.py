@@ -31,7 +31,7 @@ def zero_to_hf(source: Path, output: Path, dtype: str = "fp32", remote_code: boo
     """
     torch_dtype = precision(dtype)
     trained = open_trained(source)
-    with new_folder(output) as staging, beside(trained.verify):
+    with new_folder(output) as staging, beside(trained.checks()):
         copy_companions(trained.start.where, staging, torch_dtype, trained.config_changes, remote_code=remote_code)
         with ShardWriter(staging, trained.weights.shapes, torch_dtype) as writer:
             copy(trained.weights, writer)

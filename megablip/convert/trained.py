@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megablip.checkpoint.commit import Checkpoint, config_of, newest_committed, open_checkpoint
+from megablip.checkpoint.commit import config_of, manifest_of, newest_committed, problems
 from megablip.checkpoint.export import VISION_TOWER, ExportReader
 from megablip.checkpoint.slices import SliceReader
 from megablip.checkpoint.tensors import TensorSource
@@ -18,6 +19,7 @@ from megablip.convert.lora import Adapter, Merged
 from megablip.convert.sources import Joined
 from megablip.errors import CheckpointError
 
+_HASHING_THREADS = 2
 _A, _B = ".lora_A.default.weight", ".lora_B.default.weight"
 
 
@@ -29,6 +31,7 @@ class TrainedModel:
         start: the export that the run began with.
         weights: all tensors of the export, under its names; fp32 where they were trained.
         trained: names of those that training changed.
+        base_hash: of the export when the run began.
     """
 
     folder: Path
@@ -36,26 +39,36 @@ class TrainedModel:
     model: ModelConfig
     weights: TensorSource
     trained: set[str]
+    base_hash: str
 
     @property
     def config_changes(self) -> dict[str, Any]:
         """Keys of config.json that the stage has set."""
         return {} if self.model.grids is None else {"grids": self.model.grids}
 
-    def verify(self) -> Checkpoint:
-        """Hash every file that the weights come from.
+    def checks(self) -> list[Callable[[], None]]:
+        """Together they hash every file that the weights come from; each can run on a thread of its own.
 
-        Raises:
-            CheckpointError: one is not what it was when the checkpoint was made.
+        They raise CheckpointError where one is not what it was when the checkpoint was made.
         """
-        checkpoint = open_checkpoint(self.folder)
-        if self.start.hash() != checkpoint.trainer_state["base"]["model"]:
+        return [*(partial(self._check_files, part) for part in range(_HASHING_THREADS)), self._check_start]
+
+    def _check_files(self, part: int) -> None:
+        problem = next(problems(self.folder, part, _HASHING_THREADS), None)
+        if problem:
+            raise CheckpointError(
+                f"the checkpoint can't be used: {problem}",
+                where=str(self.folder),
+                remedy="name another checkpoint of the run, or restore this one from a copy",
+            )
+
+    def _check_start(self) -> None:
+        if self.start.hash() != self.base_hash:
             raise CheckpointError(
                 "the frozen weights are no longer those the run began with",
                 where=str(self.start.where),
                 remedy="restore the folder; its hash stands in trainer_state.json",
             )
-        return checkpoint
 
 
 def open_trained(source: Path) -> TrainedModel:
@@ -103,27 +116,31 @@ def open_trained(source: Path) -> TrainedModel:
             },
         )
     changed = (found & set(shapes)) | {f"{module}.weight" for module in adapters}
-    return TrainedModel(folder, start, model, weights, changed)
+    _, state = manifest_of(folder)
+    return TrainedModel(folder, start, model, weights, changed, state["base"]["model"])
 
 
 @contextmanager
-def beside(check: Callable[[], Any]) -> Iterator[None]:
-    """Run a check on a thread while the body runs; the disk is the slower of the two.
+def beside(checks: Sequence[Callable[[], None]]) -> Iterator[None]:
+    """Run checks, each on a thread, while the body runs: hashing needs a processor, the body the disk.
 
     Raises:
-        Exception: what the check raised, when the body has ended without an error of its own.
+        Exception: what a check raised first, when the body has ended without an error of its own.
     """
     errors: list[Exception] = []
 
-    def run() -> None:
+    def run(check: Callable[[], None]) -> None:
         try:
             check()
         except Exception as error:
             errors.append(error)
 
-    thread = threading.Thread(target=run, name="check", daemon=True)  # a body that failed need not wait for it
-    thread.start()
+    # Daemons: a body that failed need not wait for them.
+    threads = [threading.Thread(target=run, args=(check,), name="check", daemon=True) for check in checks]
+    for thread in threads:
+        thread.start()
     yield
-    thread.join()
+    for thread in threads:
+        thread.join()
     if errors:
         raise errors[0]

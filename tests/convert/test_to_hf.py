@@ -15,9 +15,10 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from megablip.checkpoint import writer
 from megablip.checkpoint.commit import CheckpointStore
-from megablip.checkpoint.export import ExportReader
-from megablip.checkpoint.slices import write_slices
+from megablip.checkpoint.export import ExportReader, file_hash, first_weights
+from megablip.checkpoint.slices import rank_file, write_slices
 from megablip.config import dump_config, parse_config
+from megablip.convert import sources
 from megablip.convert.to_hf import zero_to_hf
 from megablip.errors import CheckpointError, ConfigError
 from megablip.model.blip3 import Blip3ForConditionalGeneration
@@ -217,3 +218,40 @@ def test_a_disk_that_is_full_leaves_no_output(tmp_path, run_dir, monkeypatch):
     assert "free space" in caught.value.remedy
     assert not list(tmp_path.glob("out*"))
     zero_to_hf(run_dir, tmp_path / "out")
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_any_number_of_ranks(tmp_path, start, trained, world, monkeypatch):
+    """ZeRO-3's cut of each parameter, which no size here divides."""
+    run_dir = make_run(tmp_path / "run", start, trained)
+    folder = run_dir / "checkpoints" / "step_00000003"
+    for rank in range(world):
+        slices = []
+        for name, value in trained.items():
+            width = -(-value.numel() // world)
+            low, high = min(rank * width, value.numel()), min((rank + 1) * width, value.numel())
+            slices.append(LocalSlice(name, tuple(value.shape), low, high, {MASTER: value.flatten()[low:high].clone()}))
+        write_slices(folder / rank_file(rank), slices, {})
+    files = {
+        path.name: {"size": path.stat().st_size, "sha256": file_hash(path)}
+        for path in folder.iterdir()
+        if path.name not in ("manifest.json", "COMMITTED")
+    }
+    (folder / "manifest.json").write_text(json.dumps({"format": 1, "files": files}))
+    (folder / "COMMITTED").write_text(file_hash(folder / "manifest.json"))
+    monkeypatch.setattr(sources, "CHUNK", 101)
+    zero_to_hf(run_dir, tmp_path / "out")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    for name, value in trained.items():
+        assert torch.equal(written[name], value), name
+
+
+def test_native_to_hf_to_native_is_bit_for_bit(tmp_path, run_dir, trained):
+    """A stage that starts from an export begins with the masters that the stage before ended with."""
+    zero_to_hf(run_dir, tmp_path / "one")
+    begin = first_weights(ExportReader(tmp_path / "one"), seed=0)
+    again = {name: begin(name, MASTER, tuple(v.shape), 0, v.numel()).view(v.shape) for name, v in trained.items()}
+    for name, value in trained.items():
+        assert torch.equal(again[name], value), name
+    zero_to_hf(make_run(tmp_path / "next", tmp_path / "one", again), tmp_path / "two")
+    assert ExportReader(tmp_path / "one").hash() == ExportReader(tmp_path / "two").hash()
