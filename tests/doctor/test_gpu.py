@@ -164,7 +164,7 @@ def test_the_whole_command(tmp_path):
     report = json.loads(output.read_text())
     assert report["ok"]
     assert report["checks"].keys() == gpu.LIMITS_S.keys()
-    assert "all right" in done.stdout.splitlines()[-1]
+    assert "all is right" in done.stdout.splitlines()[-1]
     losses = [result for result in report["checks"]["resume"] if result["name"] == "losses"]
     assert [(result["value"], result["ok"]) for result in losses] == [(0, True)]
 
