@@ -124,12 +124,12 @@ def hf_to_xgenmm(
     source: Annotated[Path, typer.Argument(help="Hugging Face folder of a megablip model")],
     output: Annotated[Path, typer.Argument(help="folder to write")],
     dtype: Dtype = "fp32",
-    bare_names: Annotated[bool, typer.Option("--bare-names", help="without `vlm.` before each name")] = False,
+    lavis: Annotated[bool, typer.Option("--lavis", help="a .pt file with bare names, as LAVIS loads it")] = False,
 ) -> None:
     """Write a model under the released xGen-MM names; say what has no place there, or no value here."""
     from megablip.convert.xgenmm import hf_to_xgenmm
 
-    for line in hf_to_xgenmm(source, output, dtype=dtype, bare_names=bare_names):
+    for line in hf_to_xgenmm(source, output, dtype=dtype, lavis=lavis):
         print(line)
 
 

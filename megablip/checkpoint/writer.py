@@ -43,7 +43,7 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass
-class _Place:
+class Place:
     """Where a tensor lies, and which of its elements have been written."""
 
     file: int  # index into the open files
@@ -119,7 +119,7 @@ class ShardWriter:
             )
         self.order = [name for shard in shards for name in shard]
         """The tensors as they lie in the files; the fastest order to write them in."""
-        self._places: dict[str, _Place] = {}
+        self._places: dict[str, Place] = {}
         self._files: list[int] = []
         self._buffers: dict[torch.dtype, torch.Tensor] = {}
         self._syncs = ThreadPoolExecutor(1, thread_name_prefix="sync")
@@ -193,7 +193,14 @@ class ShardWriter:
         self._unsynced_bytes = 0
         self._sync = self._syncs.submit(os.fdatasync, file)
 
-    def _open_files(self, shards, shapes, dtypes, sizes) -> None:
+    def _open_files(
+        self,
+        shards: list[list[str]],
+        shapes: Mapping[str, tuple[int, ...]],
+        dtypes: Mapping[str, torch.dtype],
+        sizes: Mapping[str, int],
+    ) -> None:
+        """Make the files with their headers, and say where each tensor lies in them."""
         weight_map = {}
         for number, names in enumerate(shards):
             file = _file_name(number, len(shards))
@@ -212,7 +219,7 @@ class ShardWriter:
             os.ftruncate(self._files[-1], 8 + len(text) + offset)
             for name in names:
                 start = 8 + len(text) + header[name]["data_offsets"][0]
-                self._places[name] = _Place(number, start, math.prod(shapes[name]), dtypes[name], [])
+                self._places[name] = Place(number, start, math.prod(shapes[name]), dtypes[name], [])
             weight_map |= dict.fromkeys(names, file)
         if len(shards) > 1:
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}

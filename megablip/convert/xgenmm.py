@@ -14,6 +14,7 @@ import torch
 
 from megablip.checkpoint.export import ExportReader
 from megablip.checkpoint.tensors import TensorSource
+from megablip.checkpoint.torch_writer import TorchFileWriter
 from megablip.checkpoint.writer import ShardWriter, new_folder, precision
 from megablip.checkpoint.xgenmm import (
     PREFIX,
@@ -94,11 +95,11 @@ def xgenmm_to_hf(
     return lost
 
 
-def hf_to_xgenmm(source: Path, output: Path, *, dtype: str = "fp32", bare_names: bool = False) -> list[str]:
+def hf_to_xgenmm(source: Path, output: Path, *, dtype: str = "fp32", lavis: bool = False) -> list[str]:
     """Write a model of ours under the released names, for code that loads xGen-MM.
 
     Args:
-        bare_names: leave out the `vlm.` before each name, as LAVIS does.
+        lavis: write what LAVIS loads: a .pt file, names without `vlm.`.
 
     Returns:
         What the released layout has no place for, or ours no value for, in words.
@@ -119,7 +120,7 @@ def hf_to_xgenmm(source: Path, output: Path, *, dtype: str = "fp32", bare_names:
         )
     shapes = ours.shapes
     layout = released_layout(shapes, first_added=config.image_token_id)
-    prefix = "" if bare_names else PREFIX
+    prefix = "" if lavis else PREFIX
     released = Spliced(
         source,
         {prefix + tensor.name: tensor.shape for tensor in layout},
@@ -131,7 +132,8 @@ def hf_to_xgenmm(source: Path, output: Path, *, dtype: str = "fp32", bare_names:
             for tensor in layout
         },
     )
-    with new_folder(output) as staging, ShardWriter(staging, released.shapes, torch_dtype) as writer:
+    kind = TorchFileWriter if lavis else ShardWriter
+    with new_folder(output) as staging, kind(staging, released.shapes, torch_dtype) as writer:
         copy(released, writer)
     notes = [f"{_in_words(tensor.name, tensor.unplaced)}: zeros" for tensor in layout if tensor.unplaced]
     notes += [f"{_in_words(name, gaps)}: no place" for name, gaps in our_unfilled(layout, shapes).items()]
