@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, Phi3Config, SiglipVisionConfig, SiglipVisionModel
 
+from megablip.checkpoint.export import ExportReader
 from megablip.checkpoint.xgenmm import ADDED_TOKENS
 from megablip.convert.xgenmm import hf_to_xgenmm, xgenmm_to_hf
 from megablip.errors import CheckpointError, ConfigError
