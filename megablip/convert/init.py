@@ -23,7 +23,7 @@ from megablip.checkpoint.tensors import TensorSource
 from megablip.checkpoint.writer import ShardWriter, new_folder, precision
 from megablip.convert.sources import InMemory, Joined, Span, Spliced, copy, under_prefix
 from megablip.convert.tokenizers import extended_tokenizer, save_processor
-from megablip.errors import ConfigError, MegablipError
+from megablip.errors import CheckpointError, ConfigError, MegablipError
 from megablip.model.blip3 import Blip3Config, Blip3ForConditionalGeneration
 from megablip.tokens import Tokenizer
 
@@ -121,7 +121,6 @@ def _config(
     if decoder:
         text = AutoConfig.from_pretrained(decoder)
         text.vocab_size = max(text.vocab_size, tokens.vocab_size)
-        text.tie_word_embeddings = False  # the head becomes a copy
         for name, number in special.items():
             setattr(text, name, number)
     else:
@@ -177,14 +176,19 @@ def _given_decoder(
     generator = torch.Generator().manual_seed(seed)
     tables, found = {}, {}
     for name, value in built.decoder.named_parameters():
-        stored = embeddings if name == head and head not in shapes else name  # tied: the head is a copy
         if name not in (embeddings, head, bias):
             found |= under_prefix(source, [name], _DECODER)
-        elif stored in shapes:
-            known = min(own, shapes[stored][0])
-            tables[name] = _table(source, stored, known, tuple(value.shape), tokens.vocab_size, generator)
-        else:  # the bias that the family has not
+        elif name == bias and name not in shapes:  # the family has none
             tables[name] = (tuple(value.shape), [])
+        elif name in shapes:
+            known = min(own, shapes[name][0])
+            tables[name] = _table(source, name, known, tuple(value.shape), tokens.vocab_size, generator)
+        else:
+            raise CheckpointError(
+                f"there is no tensor {name}",
+                where=str(folder),
+                remedy="config.json and the weights must belong together",
+            )
     spliced = Spliced(
         folder,
         {name: shape for name, (shape, _) in tables.items()},

@@ -118,6 +118,12 @@ def hf_to_xgenmm(source: Path, output: Path, *, dtype: str = "fp32", lavis: bool
             where=str(source),
             remedy="only models with its parts have released names",
         )
+    if config.text_config.tie_word_embeddings:
+        raise ConfigError(
+            "the output head is tied to the embeddings, and xGen-MM's is not",
+            where=str(source),
+            remedy="only models with its parts have released names",
+        )
     shapes = ours.shapes
     layout = released_layout(shapes, first_added=config.image_token_id)
     prefix = "" if lavis else PREFIX

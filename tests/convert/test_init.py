@@ -171,7 +171,7 @@ def test_a_tokenizer_with_other_ids_than_the_decoders_is_refused(tmp_path, parts
         from_parts(parts, tmp_path / "start", tokenizer=ingredients / "tokenizer")
 
 
-def test_a_tied_head_becomes_a_copy(tmp_path, parts):
+def test_a_tied_head_stays_tied(tmp_path, parts):
     phi3 = Phi3ForCausalLM.from_pretrained(parts / "phi3")
     tied = tmp_path / "tied"
     fake_phi3_tokenizer(tied, KNOWN)
@@ -179,6 +179,7 @@ def test_a_tied_head_becomes_a_copy(tmp_path, parts):
     phi3.config.save_pretrained(tied)
     save_file({n: v.detach() for n, v in phi3.named_parameters() if n != "lm_head.weight"}, tied / "model.safetensors")
     model = AutoModelForImageTextToText.from_pretrained(from_parts(parts, tmp_path / "start", decoder=tied))
+    assert model.decoder.lm_head.weight is model.get_input_embeddings().weight
     assert torch.equal(model.decoder.lm_head.weight[:KNOWN], phi3.model.embed_tokens.weight[:KNOWN])
 
 
