@@ -35,27 +35,34 @@ _OTHER_FORMULAS = (
 
 @dataclass(frozen=True)
 class Adapter:
-    """The two matrices of one layer: A [rank, in], B [out, rank].
+    """The two matrices of one layer, A [rank, in] and B [out, rank], read when they are needed.
 
     Attributes:
+        a, b: their names in `source`.
         transposed: the weight is [in, out], as an embedding's is.
     """
 
-    a: torch.Tensor
-    b: torch.Tensor
+    source: TensorSource
+    a: str
+    b: str
     scale: float
     transposed: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
-        shape = (self.b.shape[0], self.a.shape[1])
+        shapes = self.source.shapes
+        shape = (shapes[self.b][0], shapes[self.a][1])
         return shape[::-1] if self.transposed else shape
 
     def rows(self, start: int, end: int) -> torch.Tensor:
         """Rows of what is added to the weight, fp32."""
-        a, b = self.a.float(), self.b.float()
+        a, b = self._matrix(self.a), self._matrix(self.b)
         product = a[:, start:end].T @ b.T if self.transposed else b[start:end] @ a
         return product.mul_(self.scale)
+
+    def _matrix(self, name: str) -> torch.Tensor:
+        shape = self.source.shapes[name]
+        return self.source.elements(name, 0, math.prod(shape)).view(shape).float()
 
 
 class Merged:
@@ -114,14 +121,14 @@ def with_adapter(base: TensorSource, folder: Path) -> TensorSource:
     """The base with what a folder of peft's adds to it or puts in its place (`modules_to_save`)."""
     config = _read_config(folder / "adapter_config.json")
     stored = TensorFile(folder / "adapter_model.safetensors")
-    matrices: dict[str, dict[str, torch.Tensor]] = {}
+    matrices: dict[str, dict[str, str]] = {}
     replaced: dict[str, tuple[TensorSource, str]] = {}
     for key in stored.shapes:
         module, kind = _split(key)
         if kind is None:
             replaced[module] = (stored, key)
         else:
-            matrices.setdefault(module, {})[kind] = stored.tensor(key)
+            matrices.setdefault(module, {})[kind] = key
     adapters = {}
     for module, found in matrices.items():
         kinds = set(found)
@@ -129,11 +136,14 @@ def with_adapter(base: TensorSource, folder: Path) -> TensorSource:
         if not embedding and kinds != {"lora_A", "lora_B"}:
             raise CheckpointError(f"{module} has {', '.join(sorted(kinds))}", where=str(folder), remedy=_HALF)
         a, b = (found[kind] for kind in sorted(kinds))
-        if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
-            shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
-            raise CheckpointError(f"the adapter of {module} has matrices {shapes}", where=str(folder), remedy=_HALF)
-        scale = _scale(config, module, a.shape[0])
-        adapters[f"{module}.weight"] = Adapter(a, b, scale, embedding or bool(config.get("fan_in_fan_out")))
+        of_a, of_b = stored.shapes[a], stored.shapes[b]
+        if len(of_a) != 2 or len(of_b) != 2 or of_a[0] != of_b[1]:
+            raise CheckpointError(
+                f"the adapter of {module} has matrices {of_a} and {of_b}", where=str(folder), remedy=_HALF
+            )
+        scale = _scale(config, module, of_a[0])
+        transposed = embedding or bool(config.get("fan_in_fan_out"))
+        adapters[f"{module}.weight"] = Adapter(stored, a, b, scale, transposed)
     shapes = base.shapes
     for name, (_, key) in replaced.items():
         if shapes.get(name) != stored.shapes[key]:

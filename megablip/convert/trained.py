@@ -110,14 +110,11 @@ def open_trained(source: Path) -> TrainedModel:
         scale = model.lora.alpha / model.lora.rank
         weights = Merged(
             weights,
-            {
-                f"{module}.weight": Adapter(trained.whole(f"{module}{_A}"), trained.whole(f"{module}{_B}"), scale)
-                for module in adapters
-            },
+            {f"{module}.weight": Adapter(trained, f"{module}{_A}", f"{module}{_B}", scale) for module in adapters},
         )
     changed = (found & set(shapes)) | {f"{module}.weight" for module in adapters}
     _, state = manifest_of(folder)
-    return TrainedModel(folder, start, model, weights, changed, state["base"]["model"])
+    return TrainedModel(folder, start, model, weights, changed, state.get("base", {}).get("model", ""))
 
 
 @contextmanager
