@@ -37,6 +37,9 @@ if TYPE_CHECKING:  # takes DeepSpeed with it, seconds that the tests of this mod
     from megablip.engine.zero import ZeroEngine
 
 
+_BLOCK_ELEMENTS = 1 << 26  # 256 MiB
+
+
 class Saver:
     """Makes a run's checkpoints: by steps, by time, and at the end.
 
@@ -214,27 +217,40 @@ class _Flight:
 class _HostCopy:
     """Host memory for the copy of a rank's slices, 12 bytes a parameter; made once, new pages cost more than copies.
 
+    In blocks of a power of two: torch rounds pinned memory up to one, and would
+    take up to twice as much for a single piece.
+
     Args:
         pinned: slices come from a device; pinned memory takes them at the full speed of the bus.
     """
 
     def __init__(self, pinned: bool):
         self._pinned = pinned
-        self._memory: torch.Tensor | None = None
+        self._blocks: list[torch.Tensor] = []
+        self._number = self._used = 0  # the block that is being filled, and its elements that are taken
 
     def take(self, slices: Callable[[], Iterable[LocalSlice]]) -> list[LocalSlice]:
         """Copies that stay as they are until the next call."""
+        copied, self._number, self._used = [], 0, 0
         # One slice after the other is asked for: an off-loaded one is a copy on the device by itself.
-        if self._memory is None:
-            numel = sum(values.numel() for piece in slices() for values in piece.tensors.values())
-            self._memory = torch.empty(numel, pin_memory=self._pinned)
-        copied, free = [], self._memory
         for piece in slices():
             tensors = {}
             for kind, values in piece.tensors.items():
-                tensors[kind], free = free[: values.numel()], free[values.numel() :]
+                tensors[kind] = self._room(values.numel())
                 tensors[kind].copy_(values, non_blocking=True)
             copied.append(replace(piece, tensors=tensors))
         if self._pinned:
             torch.cuda.current_stream().synchronize()
         return copied
+
+    def _room(self, numel: int) -> torch.Tensor:
+        """The next `numel` elements that follow each other."""
+        while self._number < len(self._blocks):
+            block = self._blocks[self._number]
+            if self._used + numel <= len(block):
+                self._used += numel
+                return block[self._used - numel : self._used]
+            self._number, self._used = self._number + 1, 0
+        length = max(_BLOCK_ELEMENTS, 1 << (numel - 1).bit_length())
+        self._blocks.append(torch.empty(length, pin_memory=self._pinned))
+        return self._room(numel)

@@ -311,6 +311,26 @@ def test_the_copy_uses_its_memory_again():
     assert engine.values.data_ptr() not in places
 
 
+def test_the_copy_lies_in_blocks_of_a_power_of_two(monkeypatch):
+    """torch rounds pinned memory up to one: a single piece of 12 bytes a parameter could take twice as much."""
+    monkeypatch.setattr(saver_module, "_BLOCK_ELEMENTS", 8)
+    lengths = (5, 3, 5, 12, 3, 1)
+    slices = [
+        LocalSlice(str(number), (length,), 0, length, {MASTER: torch.full((length,), float(number))})
+        for number, length in enumerate(lengths)
+    ]
+    copy = saver_module._HostCopy(pinned=False)
+    places = []
+    for _ in range(2):
+        copied = copy.take(lambda: slices)
+        assert [piece.tensors[MASTER].tolist() for piece in copied] == [
+            [float(number)] * length for number, length in enumerate(lengths)
+        ]
+        places.append([piece.tensors[MASTER].data_ptr() for piece in copied])
+    assert places[0] == places[1]
+    assert [len(block) for block in copy._blocks] == [8, 8, 16]
+
+
 def changed(**changes):
     raw = RECIPE | {key: value for key, value in changes.items() if "." not in key}
     return parse_config(raw | {"optimizer": RECIPE["optimizer"] | changes.get("optimizer", {})}, "test")
