@@ -105,7 +105,9 @@ def test_a_weight_that_is_missing_or_of_another_shape_is_named(folders):
         reader.read("matrix", MASTER, (3, 5), 0, 2)
 
 
-@pytest.mark.parametrize("index", ["{", "[]", "{}", '{"weight_map": 5}'])
+@pytest.mark.parametrize(
+    "index", ["{", "[]", "{}", "[" * 99_999, '{"weight_map": 5}', '{"weight_map": {"bias": "../x.safetensors"}}']
+)
 def test_a_broken_index_is_refused(tmp_path, index):
     (tmp_path / "model.safetensors.index.json").write_text(index)
     with pytest.raises(CheckpointError, match="index") as caught:

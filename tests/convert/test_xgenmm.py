@@ -193,6 +193,14 @@ def test_other_parts_have_no_released_names(tmp_path):
         hf_to_xgenmm(tmp_path / "a", tmp_path / "b")
 
 
+def test_a_tied_head_has_no_released_name(tmp_path):
+    start = config()
+    start.text_config.tie_word_embeddings = True
+    Blip3ForConditionalGeneration(start).save_pretrained(tmp_path / "a")
+    with pytest.raises(ConfigError, match="tied to the embeddings"):
+        hf_to_xgenmm(tmp_path / "a", tmp_path / "b")
+
+
 def test_a_model_whose_tiles_the_released_code_would_regroup_is_told(tmp_path):
     start = config()
     start.tile_layout = "crops"
