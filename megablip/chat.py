@@ -45,6 +45,18 @@ class ChatFormat:
     closing: dict[Role, tuple[int, ...]]
     end_of_turn: int
 
+    def user_turn(self, tokenizer: Tokenizer) -> tuple[list[int], int]:
+        """What a user's turn is known by in a row of ids: the ids that begin it, and the one that ends it.
+
+        The first are its opening without the white space at the end, the last is
+        the next control token.
+        """
+        begin = list(self.opening["user"])
+        while not tokenizer.spell(begin[-1:]).strip():
+            begin.pop()
+        following = (*self.closing["user"], *self.opening["assistant"])
+        return begin, next(token for token in following if token in tokenizer.control_ids)
+
 
 def chat_format(tokenizer: Tokenizer, folder: Path) -> ChatFormat | None:
     """The format of the tokenizer in `folder`; None if it has neither a template nor Phi-3's tokens.

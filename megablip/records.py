@@ -70,6 +70,7 @@ class VisualLayout:
     tokens_per_tile: int
     grids: tuple[tuple[int, int], ...]
     grid_rule: Literal["released", "paper"] = "released"
+    tokens_per_image: int = 0  # on top of those of its tiles
 
     @property
     def patches_per_side(self) -> int:
@@ -88,12 +89,25 @@ class VisualLayout:
         """Number of tiles of an image of this grid, base tile included."""
         return 1 + grid[0] * grid[1]
 
+    def visual_tokens(self, grid: tuple[int, int]) -> int:
+        """Number of visual tokens of an image of this grid."""
+        return self.tokens_per_image + self.tiles(grid) * self.tokens_per_tile
+
+    def spans(self, grids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """int64[I] and int64[I]: each image's first visual token among all of theirs, and how many it has.
+
+        Args:
+            grids: int[I, 2], (columns, rows) of each image.
+        """
+        counts = np.array([self.visual_tokens((columns, rows)) for columns, rows in grids.tolist()], np.int64)
+        return np.cumsum(counts) - counts, counts
+
 
 @dataclass(frozen=True, slots=True)
 class EncodedImage:
     """An image of an EncodedDocument: undecoded bytes, its grid, its place.
 
-    Its visual tokens are the `tiles * tokens_per_tile` ids from `start` on.
+    Its visual tokens are the `layout.visual_tokens(grid)` ids from `start` on.
     """
 
     data: bytes
@@ -238,15 +252,15 @@ class MicroBatch:
     tiles: torch.Tensor  # uint8[N, 3, S, S]
     patch_mask: torch.Tensor  # bool[N, P]
     tile_to_image: torch.Tensor  # int32[N]
-    grid: torch.Tensor  # int32[I, 2]
-    visual_token_index: torch.Tensor  # int64[V], places in input_ids; V = N * tokens_per_tile unless dummy
+    grid: torch.Tensor  # int32[I, 2]; stays on the host, where it is read
+    visual_token_index: torch.Tensor  # int64[V], places in input_ids; none if dummy
     keys: list[str] = field(default_factory=list)
     dummy: bool = False
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same with its tensors on `device`."""
+        """The same with its tensors on `device`, but for `grid`."""
         moved = {
-            f.name: value.to(device, non_blocking=True) if hasattr(value, "to") else value
+            f.name: value.to(device, non_blocking=True) if hasattr(value, "to") and f.name != "grid" else value
             for f in fields(self)
             for value in [getattr(self, f.name)]
         }

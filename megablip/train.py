@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from megablip.checkpoint.commit import CheckpointStore
-from megablip.checkpoint.export import ExportReader, first_weights, load_tower
+from megablip.checkpoint.export import ExportReader, check_sampler, first_weights, load_tower, sampler_identity
 from megablip.checkpoint.saver import Saver
 from megablip.checkpoint.slices import SliceReader
 from megablip.config import Config, load_config
@@ -73,7 +73,8 @@ def run(config: Config, topology: Topology, guard: Guard, stop: StopSignal, cloc
     check_attention(model_config.text_config)
     check_tokenizer(config.model)
     export = ExportReader(config.model.path)
-    base = export.hashes(topology)
+    check_sampler(export, model_config)
+    base = export.hashes(topology) | {"sampler": sampler_identity(model_config)}
     store = CheckpointStore(run_dir / "checkpoints", config.checkpoint.keep, topology)
     checkpoint = store.newest(say) if config.resume == "auto" else None
     progress, lane_states = Progress(), None

@@ -174,3 +174,16 @@ def test_what_ends_an_answer(tmp_path):
     folder = make(tmp_path)
     tokenizer = Tokenizer(folder)
     assert end_ids(tokenizer, folder) == [tokenizer.eos_id]
+
+
+def test_what_a_users_turn_is_known_by(folder):
+    """Its opening without the line's end, and the control token after its content."""
+    tokenizer = Tokenizer(folder)
+    begin, end = chat_format(tokenizer, folder).user_turn(tokenizer)
+    spelled = {
+        "chatml": ("<|im_start|>user", "<|im_end|>"),
+        "llama3": ("<|start_header_id|>user<|end_header_id|>", "<|eot_id|>"),
+        "phi3": ("<|user|>", "<|end|>"),
+    }
+    wanted = next(value for name, value in spelled.items() if tokenizer.has(TOKENS[name][0]))
+    assert (tokenizer.spell(begin).replace(" ", ""), tokenizer.spell([end])) == wanted

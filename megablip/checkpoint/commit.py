@@ -74,16 +74,23 @@ class Checkpoint:
 
         Args:
             config: the recipe now.
-            base: hashes of "model" and "tokenizer", of what lies in `model.path` now.
+            base: hashes of "model" and "tokenizer", and the "sampler", of what lies in `model.path` now.
 
         Raises:
             ConfigError: an identity field changed and `allow_changes` does not name it.
             CheckpointError: so did the model or the tokenizer that the run began with.
         """
         refuse_changes(parse_config(self.trainer_state["config"], where=str(self.folder)), config, str(self.folder))
+        began = self.trainer_state["base"]
+        if base.get("sampler") != began.get("sampler"):
+            raise CheckpointError(
+                f"the model's sampler is {base.get('sampler')}, and this run trains {began.get('sampler')}",
+                where=f"{config.model.path}, {self.folder}",
+                remedy="give the folder the run began with, or start a new run_dir",
+            )
         for name, digest in base.items():
             change = "model.path" if name == "model" else name
-            if self.trainer_state["base"][name] != digest and change not in config.allow_changes:
+            if began[name] != digest and change not in config.allow_changes:
                 raise CheckpointError(
                     f"the {name} is not the one this run began with",
                     where=f"{config.model.path}, {self.folder}",

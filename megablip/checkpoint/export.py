@@ -9,20 +9,23 @@ from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from megablip.checkpoint.tensors import TensorFile
 from megablip.engine.build import build_unfilled
 from megablip.engine.topology import Topology
 from megablip.errors import CheckpointError
+from megablip.model.blip3 import Blip3Config
 from megablip.model.lora import base_name, initial_adapter
+from megablip.model.samplers import build_sampler, foreign_weights
 from megablip.model.vision import build_tower, freeze
 from megablip.records import MASTER
 
 if TYPE_CHECKING:  # takes DeepSpeed with it
     from megablip.engine.zero import ReadSlice
 
-VISION_TOWER = "vision_tower"
-"""The tower's prefix in an export."""
+VISION_TOWER, SAMPLER = "vision_tower", "sampler"
+"""Prefixes in an export."""
 
 _SINGLE, _INDEX, _TOKENIZER = "model.safetensors", "model.safetensors.index.json", "tokenizer.json"
 
@@ -118,6 +121,21 @@ class ExportReader:
         if name not in self._open:
             self._open[name] = TensorFile(self.folder / name)
         return self._open[name]
+
+
+def sampler_identity(config: Blip3Config) -> str:
+    """The model's sampler, kind and sizes, as text that is the same where they are."""
+    return json.dumps(config.sampler, sort_keys=True)
+
+
+def check_sampler(export: ExportReader, config: Blip3Config) -> None:
+    """Raises CheckpointError where the weights are those of another sampler than the config names."""
+    with torch.device("meta"), no_init_weights():
+        wanted = {name for name, _ in build_sampler(config).named_parameters()}
+    prefix = f"{SAMPLER}."
+    found = {name.removeprefix(prefix) for name in export.names if name.startswith(prefix)}
+    if found != wanted:
+        raise foreign_weights(found, wanted, config, str(export.folder))
 
 
 def first_weights(export: ExportReader, seed: int) -> ReadSlice:

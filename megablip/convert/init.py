@@ -17,7 +17,7 @@ import torch
 import yaml
 from transformers import AutoConfig, PreTrainedConfig
 
-from megablip.chat import end_ids
+from megablip.chat import chat_format, end_ids
 from megablip.checkpoint.export import ExportReader
 from megablip.checkpoint.tensors import TensorSource
 from megablip.checkpoint.writer import ShardWriter, new_folder, precision
@@ -25,6 +25,7 @@ from megablip.convert.sources import InMemory, Joined, Span, Spliced, copy, unde
 from megablip.convert.tokenizers import extended_tokenizer, save_processor
 from megablip.errors import CheckpointError, ConfigError, MegablipError
 from megablip.model.blip3 import Blip3Config, Blip3ForConditionalGeneration
+from megablip.model.samplers import build_sampler
 from megablip.tokens import Tokenizer
 
 _TOWER, _DECODER = "vision_tower.", "decoder."
@@ -71,7 +72,7 @@ def init_model(
         torch.manual_seed(seed)
         where = f"{model}, {tower}" + (f", {decoder}" if decoder else "")
         try:
-            config = _config(settings, decoder, tower, tokens, end_ids(tokens, staging))
+            config = _config(settings, decoder, tower, tokens, staging)
             layout = config.layout
             with torch.device("meta" if decoder else "cpu"):
                 built = Blip3ForConditionalGeneration(config)
@@ -115,9 +116,11 @@ def _read_settings(path: Path | None, given_decoder: bool = False) -> dict[str, 
 
 
 def _config(
-    settings: dict[str, Any], decoder: Path | None, tower: Path, tokens: Tokenizer, ends: list[int]
+    settings: dict[str, Any], decoder: Path | None, tower: Path, tokens: Tokenizer, folder: Path
 ) -> Blip3Config:
-    special = {"pad_token_id": tokens.pad_id, "bos_token_id": tokens.bos_id, "eos_token_id": ends}
+    special = {"pad_token_id": tokens.pad_id, "bos_token_id": tokens.bos_id, "eos_token_id": end_ids(tokens, folder)}
+    chat = chat_format(tokens, folder)
+    user_turn_ids, turn_end_id = chat.user_turn(tokens) if chat else (None, None)
     if decoder:
         text = AutoConfig.from_pretrained(decoder)
         text.vocab_size = max(text.vocab_size, tokens.vocab_size)
@@ -131,6 +134,8 @@ def _config(
         text_config=text,
         vision_config=_vision_config(tower),
         image_token_id=tokens.image_id,
+        user_turn_ids=user_turn_ids,
+        turn_end_id=turn_end_id,
         pad_token_id=tokens.pad_id,
         **settings,
     )
@@ -148,9 +153,7 @@ def _weights(
     visual = [name.removeprefix(_TOWER) for name in names if name.startswith(_TOWER)]
     parts = under_prefix(ExportReader(tower), visual, _TOWER)
     if decoder:
-        built.sampler.to_empty(device="cpu")
-        for module in built.sampler.modules():
-            built._init_weights(module)
+        built.sampler = build_sampler(built.config)
         parts |= _given_decoder(built, decoder, tokens, seed)
     random = {name: value for name, value in built.named_parameters() if name not in parts}
     held = InMemory(Path("memory"), random)

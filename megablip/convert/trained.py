@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -68,6 +69,14 @@ class TrainedModel:
                 "the frozen weights are no longer those the run began with",
                 where=str(self.start.where),
                 remedy="restore the folder; its hash stands in trainer_state.json",
+            )
+        now = json.loads((self.start.folder / "config.json").read_text(encoding="utf-8"))["sampler"]
+        began = json.loads(checkpoint.trainer_state["base"]["sampler"])
+        if now != began:
+            raise CheckpointError(
+                f"the model's sampler is {now}, and this run trained {began}",
+                where=str(self.start.where),
+                remedy="restore the folder's config.json",
             )
 
 

@@ -188,9 +188,10 @@ def _joined(arrays: list[np.ndarray], dtype: type, *width: int) -> np.ndarray:
 def _check_slots(document: DecodedDocument, layout: VisualLayout) -> None:
     slots, tiles = len(document.visual_positions), len(document.patch_mask)
     by_grid = sum(1 + columns * rows for columns, rows in document.grids.tolist())
-    if slots != tiles * layout.tokens_per_tile or by_grid != tiles:
+    wanted = sum(map(layout.visual_tokens, document.grids.tolist()))
+    if slots != wanted or by_grid != tiles:
         raise PackingError(
-            f"{slots} visual tokens for {tiles} tiles of {layout.tokens_per_tile} tokens each ({by_grid} by the grids)",
+            f"{slots} visual tokens and {tiles} tiles, where the images' grids make {wanted} and {by_grid}",
             where=f"source {document.source}, key {document.key}",
             remedy="this is a fault of the encoder: report it with the sample",
         )

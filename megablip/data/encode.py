@@ -141,8 +141,7 @@ class Encoder:
         self, encoded: EncodedDocument, source_index: int, tiles: np.ndarray, masks: list[np.ndarray]
     ) -> DecodedDocument:
         """The rest of `decode`: the document with its tiles and with the masks of its images."""
-        per_tile = self.layout.tokens_per_tile
-        slots = [np.arange(i.start, i.start + self.layout.tiles(i.grid) * per_tile) for i in encoded.images]
+        slots = [np.arange(i.start, i.start + self.layout.visual_tokens(i.grid)) for i in encoded.images]
         return DecodedDocument(
             input_ids=encoded.input_ids,
             labels=encoded.labels,
@@ -219,7 +218,7 @@ class Encoder:
             grid = choose_grid(image_size(data), self.layout)
         except SampleError as error:
             raise _located(error, row.document, len(row.images)) from None
-        slots = self.layout.tiles(grid) * self.layout.tokens_per_tile
+        slots = self.layout.visual_tokens(grid)
         row.segment([self.tokenizer.image_id] * slots, loss=False)
         row.images.append(EncodedImage(data, grid, start=len(row.ids) - slots))
 

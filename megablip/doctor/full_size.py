@@ -128,7 +128,7 @@ class FullSize:
     def micro_batch(self, place: Place) -> MicroBatch:
         """The recipe's: sequences of image-text documents of an eighth of a sequence, all text with labels."""
         length = self.sequence_tokens // 8
-        documents = [(length - self.model.layout.tokens_per_tile, (NO_GRID,))] * 8
+        documents = [(length - self.model.layout.visual_tokens(NO_GRID), (NO_GRID,))] * 8
         count = self.recipe.batch.micro_batch_sequences
         return micro_batch(self.model, documents * count, seed=0, masked_share=0.0, pinned=place.on_gpu)
 
@@ -141,6 +141,7 @@ def flops_of(model: nn.Module, tower: nn.Module, config: Blip3Config, batch: Mic
         labels=batch.valid_labels,
         pairs=attended_pairs(np.array(batch.doc_lens), flops.window),
         tiles=len(batch.tiles),
+        images=len(batch.grid),
     )
 
 

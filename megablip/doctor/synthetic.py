@@ -54,7 +54,7 @@ def micro_batch(
     decoded = []
     for number, (text_tokens, grids) in enumerate(documents):
         tiles = sum(layout.tiles(grid) for grid in grids)
-        visual = np.arange(tiles * layout.tokens_per_tile)
+        visual = np.arange(sum(map(layout.visual_tokens, grids)))
         text = rng.integers(_FIRST_TEXT_ID, config.text_config.vocab_size, text_tokens)
         labels = np.where(rng.random(text_tokens) < masked_share, IGNORE_LABEL, text)
         decoded.append(

@@ -61,6 +61,7 @@ class ModelFlops:
         per_label: the output head, which sees only rows with a label.
         per_pair: attention of the decoder, for each (query, key) pair that is looked at.
         per_tile: tower and sampler.
+        per_image: of the sampler, on top of its tiles.
         window: tokens that one of the decoder sees at most, itself included; None: no limit.
     """
 
@@ -68,6 +69,7 @@ class ModelFlops:
     per_label: float
     per_pair: float
     per_tile: float
+    per_image: float
     window: int | None
 
     @classmethod
@@ -82,22 +84,15 @@ class ModelFlops:
             model: a Blip3ForConditionalGeneration, with a dense (not mixture-of-experts) decoder.
             tower: inside the model or outside.
         """
-        text, vision, sampler = config.text_config, config.vision_config, config.sampler
-        layout = config.layout
-        patches, latents, depth = layout.patches_per_tile, layout.tokens_per_tile, sampler["depth"]
+        text, vision = config.text_config, config.vision_config
+        patches = config.layout.patches_per_tile
         head = model.get_output_embeddings()
 
         # Attention is two products, scores and values, each of heads x head_dim multiply-adds for a pair.
         width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         per_pair = 3 * 4 * text.num_hidden_layers * text.num_attention_heads * width
-        trained = _trained(tower)
-        passes = trained or _trained(model.sampler)  # a gradient, through the sampler
-        keys = patches + latents
-        sampler_tile = (3 if passes else 1) * 4 * depth * latents * keys * sampler["heads"] * sampler["dim_head"]
-        for name, module in model.sampler.named_modules():
-            if isinstance(module, nn.Linear):
-                sampler_tile += _linear(module, 2 if passes else 1) * (keys if name.endswith("to_kv") else latents)
 
+        trained = _trained(tower)
         tower_tile = (3 if trained else 1) * 4 * vision.num_hidden_layers * patches**2 * vision.hidden_size
         for module in tower.modules():
             if isinstance(module, nn.Linear):
@@ -105,20 +100,28 @@ class ModelFlops:
             elif isinstance(module, nn.Conv2d):  # the patch embedding; pixels need no gradient
                 size = module.in_channels * module.out_channels * module.kernel_size[0] * module.kernel_size[1]
                 tower_tile += 2 * size * patches * (2 if trained else 1)
+        sampler = model.sampler.flops(patches)
+        if _trained(model.sampler):
+            times, sampler_tile = 3, 3 * sampler.per_tile - (0 if trained else sampler.of_features)
+        else:
+            times = 2 if trained else 1
+            sampler_tile = times * sampler.per_tile
         return cls(
             per_token=sum(_linear(m) for m in model.decoder.base_model.modules() if isinstance(m, nn.Linear)),
             per_label=_linear(head),
             per_pair=per_pair,
             per_tile=tower_tile + sampler_tile,
+            per_image=times * sampler.per_image,
             # Where some layers see everything, the pairs are counted without the window.
             window=None
             if "full_attention" in (getattr(text, "layer_types", None) or ())
             else getattr(text, "sliding_window", None),
         )
 
-    def of_step(self, *, tokens: float, labels: float, pairs: float, tiles: float) -> float:
-        """FLOPs of a step with so many real tokens, labels, attended pairs and tiles."""
-        return self.per_token * tokens + self.per_label * labels + self.per_pair * pairs + self.per_tile * tiles
+    def of_step(self, *, tokens: float, labels: float, pairs: float, tiles: float, images: float) -> float:
+        """FLOPs of a step with so many real tokens, labels, attended pairs, tiles and images."""
+        decoder = self.per_token * tokens + self.per_label * labels + self.per_pair * pairs
+        return decoder + self.per_tile * tiles + self.per_image * images
 
 
 def _trained(module: nn.Module) -> bool:

@@ -65,6 +65,7 @@ class Recorder:
         self._config, self._topology, self._loader, self._progress = config, topology, loader, progress
         self._objective = objective
         self._clock: StartClock | None = clock
+        self._layout = model_config.layout
         self._flops = ModelFlops.of(engine.module, tower or engine.module.vision_tower, model_config)
         self._peak = peak_flops(torch.cuda.get_device_name()) if topology.device.type == "cuda" else None
         self._names = [source.name for source in config.data.sources]
@@ -108,7 +109,7 @@ class Recorder:
             facts.device_bytes = torch.cuda.max_memory_allocated(device)
         return StepSums(
             self._names, batch.samples_drawn, self._loader.quarantine.counts, batch.micro_batches, facts,
-            self._flops.window, self._objective.sums, self._topology.rank, self._topology.world, device,
+            self._layout, self._flops.window, self._objective.sums, self._topology.rank, self._topology.world, device,
         )  # fmt: skip
 
     def end(self, sums: StepSums, total: StepReport, scalars: Mapping[str, float]) -> None:
@@ -121,7 +122,11 @@ class Recorder:
         self._steps += 1
         self._tokens += total.tokens
         self._step_flops += self._flops.of_step(
-            tokens=total.tokens, labels=total.valid_labels, pairs=sums.total.attended_pairs, tiles=sums.total.tiles
+            tokens=total.tokens,
+            labels=total.valid_labels,
+            pairs=sums.total.attended_pairs,
+            tiles=sums.total.tiles,
+            images=sum(sums.count("images").values()),
         )
         step, share = self._progress.step, self._progress.share_of(self._config.duration)
         more = dict(scalars)

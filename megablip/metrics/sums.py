@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megablip.model.blip3 import PackedLoss
-from megablip.records import MicroBatch
+from megablip.records import MicroBatch, VisualLayout
 
 
 @dataclass
@@ -38,6 +38,7 @@ class StepSums:
         bad: samples of each source, by name, that this rank counts as bad.
         micro_batches: of this rank, on the host.
         facts: of this rank; those of the micro-batches are added here.
+        layout: of the images.
         window: tokens that one of the decoder sees at most, itself included; None: no limit.
         objective: names of what the stage's objective sums, `pairs` among them if there is any.
         rank, world: data-parallel.
@@ -51,6 +52,7 @@ class StepSums:
         bad: Mapping[str, int],
         micro_batches: Sequence[MicroBatch],
         facts: RankFacts,
+        layout: VisualLayout,
         window: int | None,
         objective: Sequence[str],
         rank: int,
@@ -66,7 +68,7 @@ class StepSums:
             source = micro_batch.source.numpy()
             lengths = np.array(micro_batch.doc_lens)
             np.add.at(by_source[4], source, lengths)
-            np.add.at(by_source[5], source[_documents_of_images(micro_batch)], 1)
+            np.add.at(by_source[5], source[_documents_of_images(micro_batch, layout)], 1)
             facts.micro_batches += 1
             facts.dummies += micro_batch.dummy
             facts.tiles += 0 if micro_batch.dummy else len(micro_batch.tiles)
@@ -141,12 +143,8 @@ def attended_pairs(lengths: np.ndarray, window: int | None = None) -> int:
     return int((full * (full + 1) // 2 + (lengths - full) * window).sum())
 
 
-def _documents_of_images(micro_batch: MicroBatch) -> np.ndarray:
+def _documents_of_images(micro_batch: MicroBatch, layout: VisualLayout) -> np.ndarray:
     """int64[I]: the number of each image's document."""
-    images = len(micro_batch.grid)
-    if not images:
-        return np.zeros(0, np.int64)
-    tiles = 1 + micro_batch.grid.numpy().prod(axis=1)
-    tokens_per_tile = len(micro_batch.visual_token_index) // tiles.sum()
-    first_tokens = micro_batch.visual_token_index.numpy()[(np.cumsum(tiles) - tiles) * tokens_per_tile]
+    first, _ = layout.spans(micro_batch.grid.numpy())
+    first_tokens = micro_batch.visual_token_index.numpy()[first]
     return np.searchsorted(micro_batch.cu_seqlens.numpy(), first_tokens, side="right") - 1

@@ -7,7 +7,8 @@ Importing this module registers it with transformers' Auto classes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -27,12 +28,22 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
-from megablip.errors import ConfigError, PackingError
+from megablip.errors import CheckpointError, ConfigError, PackingError
 from megablip.model.decoder import as_loss_head, build_decoder
 from megablip.model.layout import layout_from_config
 from megablip.model.packing import PackedLayout
 from megablip.model.processor import Blip3Processor
-from megablip.model.samplers import PerceiverResampler, regroup_released
+from megablip.model.samplers import (
+    Instruction,
+    Sampler,
+    VisualTokens,
+    build_sampler,
+    complete_settings,
+    find_instructions,
+    foreign_weights,
+    regroup_released,
+    sampler_class,
+)
 from megablip.model.vision import build_tower, encode_tiles, freeze, tower_config, tower_features
 from megablip.records import IGNORE_LABEL, MicroBatch, VisualLayout
 
@@ -49,7 +60,6 @@ _SIGLIP_SO400M_384 = {
     "image_size": 384,
     "patch_size": 14,
 }
-_SAMPLER = {"depth": 6, "heads": 16, "dim_head": 96, "num_latents": 128, "ff_mult": 4}
 _GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 
 
@@ -61,8 +71,8 @@ class Blip3Config(PreTrainedConfig):
             output head's weight is the embeddings' (a bias of the head is its own).
         vision_config: of the tower: SigLIP, SigLIP 2 or CLIP, or of a whole such model; with the
             mean and standard deviation that pixels are normalised with (vision.tower_config).
-        sampler: sizes of the PerceiverResampler: depth, heads, dim_head, num_latents
-            (visual tokens of a tile), ff_mult.
+        sampler: `kind`, one of samplers.SAMPLERS, and the settings of that kind; what is
+            left out is the released model's, a `perceiver` of 128 latents.
         grids: (columns, rows) templates of an image's tiles; none gives the base tile alone.
         grid_rule: how an image's template is chosen (data.images.choose_grid).
         tile_layout: what the sampler takes for one tile: `crops`, the crops of the image; or
@@ -70,6 +80,9 @@ class Blip3Config(PreTrainedConfig):
             cuts it again without undoing the order, so that in grids of several columns each "tile" is a
             strip of full width (samplers.regroup_released).
         image_token_id: the id that stands for one visual token.
+        user_turn_ids, turn_end_id: the ids that a user's turn begins with and the one that
+            ends it (ChatFormat.user_turn), for samplers that read instructions; None
+            where the tokenizer has no chat format.
         head_bias: whether the output head has a bias; released weights have one.
     """
 
@@ -86,15 +99,32 @@ class Blip3Config(PreTrainedConfig):
     grid_rule: Literal["released", "paper"] = "released"
     tile_layout: Literal["crops", "released"] = "crops"
     image_token_id: int = 32012
+    user_turn_ids: list[int] | tuple[int, ...] | None = (32010,)
+    turn_end_id: int | None = 32007
     pad_token_id: int | None = 32011
     head_bias: bool = True
     tie_word_embeddings: bool = False
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, visual_tokens: dict | None = None, **kwargs):
         super().__post_init__(**kwargs)
         self.vision_config = tower_config(self.vision_config)
-        self.sampler = _SAMPLER | (self.sampler or {})
+        self.sampler = complete_settings(self.sampler or {})
         self.grids = [list(grid) for grid in self.grids]
+        if visual_tokens not in (None, asdict(self.visual_tokens)):
+            raise ConfigError(
+                f"the sampler makes {asdict(self.visual_tokens)} visual tokens, and visual_tokens says {visual_tokens}",
+                where="config.json",
+                remedy="leave visual_tokens as it was saved; it follows from `sampler`",
+            )
+
+    @property
+    def visual_tokens(self) -> VisualTokens:
+        """How many an image has; written to config.json for those who read it without the model."""
+        settings, vision = complete_settings(self.sampler), self.vision_config
+        return sampler_class(settings).visual_tokens(settings, vision.image_size // vision.patch_size)
+
+    def to_dict(self) -> dict[str, Any]:
+        return super().to_dict() | {"visual_tokens": asdict(self.visual_tokens)}
 
     @classmethod
     def of_run(cls, model: ModelConfig) -> Blip3Config:
@@ -110,7 +140,7 @@ class Blip3Config(PreTrainedConfig):
         return layout_from_config(
             {
                 "vision_config": vars(self.vision_config),
-                "sampler": self.sampler,
+                "visual_tokens": asdict(self.visual_tokens),
                 "grids": self.grids,
                 "grid_rule": self.grid_rule,
             }
@@ -134,6 +164,19 @@ class Blip3Config(PreTrainedConfig):
                 f"the decoder has {rows} embedding rows and none for id {highest}",
                 where="text_config.vocab_size",
                 remedy="make the model with its tokenizer: `megablip convert init` gives each id a row",
+            )
+        sampler, kind = sampler_class(self.sampler), self.sampler["kind"]
+        if sampler.reads_instruction and None in (self.user_turn_ids, self.turn_end_id):
+            raise ConfigError(
+                f"a sampler of kind '{kind}' reads the user's turns, and nothing says what marks them",
+                where="user_turn_ids, turn_end_id",
+                remedy="take a tokenizer with a chat format, or another sampler.kind",
+            )
+        if sampler.reads_positions and self.tile_layout == "released":
+            raise ConfigError(
+                f"a sampler of kind '{kind}' needs whole crops, and the released layout cuts them into strips",
+                where="tile_layout",
+                remedy="set tile_layout to crops",
             )
 
 
@@ -190,9 +233,7 @@ class Blip3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if with_vision_tower:
             tower = build_tower(config.vision_config, pooling_head=not train_tower)
             self.vision_tower = tower if train_tower else freeze(tower)
-        self.sampler = PerceiverResampler(
-            dim=config.vision_config.hidden_size, output_dim=config.text_config.hidden_size, **config.sampler
-        )
+        self.sampler = build_sampler(config)
         self.decoder = build_decoder(config.text_config, config.head_bias)
         # A generated <image> id would have no image behind it.
         self.generation_config.suppress_tokens = [config.image_token_id]
@@ -202,8 +243,8 @@ class Blip3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """The sampler's; tower and decoder have their own. torch's defaults, as in the released code."""
-        if isinstance(module, PerceiverResampler):
-            init.normal_(module.latents)
+        if isinstance(module, Sampler):
+            module.init_parameters()
         elif isinstance(module, nn.Linear):
             init.kaiming_uniform_(module.weight, a=5**0.5)
             if module.bias is not None:
@@ -212,6 +253,45 @@ class Blip3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder, *args, config=None, output_loading_info: bool = False, **kwargs):
+        """As of any transformers model, but that weights of another sampler are refused.
+
+        Raises:
+            CheckpointError: `config` names another kind of sampler than the weights were
+                saved with, or they lack weights of the sampler.
+        """
+        hub = {name: kwargs[name] for name in ("cache_dir", "revision", "subfolder", "token") if name in kwargs}
+        stored = cls.config_class.from_pretrained(name_or_folder, **hub)
+        sampler = complete_settings(kwargs.get("sampler") or getattr(config, "sampler", None) or stored.sampler)
+        if sampler["kind"] != stored.sampler["kind"]:
+            raise CheckpointError(
+                f"the model's sampler is of kind '{sampler['kind']}', and the weights are '{stored.sampler['kind']}'",
+                where=str(name_or_folder),
+                remedy="leave out the config; a sampler's kind can't be changed afterwards",
+            )
+        allowed = kwargs.pop("ignore_mismatched_sizes", False)
+        model, report = super().from_pretrained(
+            name_or_folder, *args, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+        resized = {key[0]: key[1:] for key in report["mismatched_keys"]}
+        missing, unexpected, wrong = (
+            {name.removeprefix("sampler.") for name in names if name.startswith("sampler.")}
+            for names in (report["missing_keys"], report["unexpected_keys"], resized)
+        )
+        if missing or wrong:
+            own = {name for name, _ in model.sampler.named_parameters()}
+            found = own - missing | unexpected
+            raise foreign_weights(found, own, model.config, str(name_or_folder), resized=wrong)
+        if resized and not allowed:
+            name, shapes = next(iter(resized.items()))
+            raise CheckpointError(
+                f"{name} is {tuple(shapes[0])} in the folder and {tuple(shapes[1])} in the model",
+                where=str(name_or_folder),
+                remedy="config.json and the weights must belong together",
+            )
+        return (model, report) if output_loading_info else model
 
     def train(self, mode: bool = True) -> Blip3ForConditionalGeneration:
         super().train(mode)
@@ -309,15 +389,17 @@ class Blip3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """The decoder's last hidden states, [T, d], and the documents' layout."""
         if vision_features is None:
             vision_features = tower_features(self.vision_tower, packed.tiles)
-        visual = self._visual_tokens(vision_features, packed.patch_mask, packed.grid)
-        embeds = self.get_input_embeddings()(packed.input_ids)
-        if packed.dummy:
-            # An empty sum is 0 whatever the features hold, and gives sampler and tower a gradient of
-            # exact zeros.  Without one, ZeRO-3 would step it with the gradient of an earlier step.
-            embeds = embeds + visual.flatten()[:0].sum().to(embeds.dtype)
-        else:
-            _check_places(visual, packed.visual_token_index, where=", ".join(packed.keys))
-            embeds = _scatter(embeds, packed.visual_token_index, visual)
+        embeds = self._insert_images(
+            self.get_input_embeddings()(packed.input_ids),
+            packed.input_ids,
+            packed.visual_token_index,
+            vision_features,
+            packed.patch_mask,
+            [(0, 0)] if packed.dummy else packed.grid.tolist(),
+            starts=packed.cu_seqlens[:-1].long(),
+            names=[f"document {key}" for key in packed.keys],
+            dummy=packed.dummy,
+        )
         layout = PackedLayout(packed.doc_lens, packed.cu_seqlens)
         outputs = self.decoder.base_model(
             inputs_embeds=embeds.unsqueeze(0),
@@ -354,19 +436,81 @@ class Blip3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def _put_images(self, embeds: Tensor, input_ids: Tensor, features, patch_mask, grids) -> Tensor:
         """[B, L, d] embeddings with those of `<image>` ids replaced, row by row."""
+        rows, length = input_ids.shape
         index = (input_ids == self.config.image_token_id).flatten().nonzero().squeeze(1)
-        if features is None:
-            visual = embeds.new_zeros(0, self.config.layout.tokens_per_tile, embeds.shape[-1])
-        else:
-            visual = self._visual_tokens(features, patch_mask, grids)
-        _check_places(visual, index, where=f"a batch of {len(input_ids)} rows")
-        return _scatter(embeds.flatten(0, 1), index, visual).view_as(embeds)
+        filled = self._insert_images(
+            embeds.flatten(0, 1),
+            input_ids.flatten(),
+            index,
+            features,
+            patch_mask,
+            [] if grids is None else grids.tolist(),
+            starts=torch.arange(0, rows * length, length, device=embeds.device),
+            names=[f"row {number} of the batch" for number in range(rows)],
+        )
+        return filled.view_as(embeds)
 
-    def _visual_tokens(self, features: Tensor, patch_mask: Tensor, grids: Tensor | None) -> Tensor:
-        """[N, P, C] features -> [N, tokens per tile, d]."""
+    def _insert_images(
+        self,
+        embeds: Tensor,
+        input_ids: Tensor,
+        index: Tensor,
+        features: Tensor | None,
+        patch_mask: Tensor | None,
+        grids: Sequence[tuple[int, int]],
+        *,
+        starts: Tensor,
+        names: Sequence[str],
+        dummy: bool = False,
+    ) -> Tensor:
+        """[T, d] embeddings with those of `<image>` ids replaced: the one place for training and inference.
+
+        Args:
+            index: int64[V], places of the `<image>` ids.
+            features: [N, P, C]; None: there is no tile.
+            grids: of each image; those of all make the N tiles.
+            starts: int64[D], where documents, or rows, begin.
+            names: of the documents, for errors.
+            dummy: the one tile is no image's.
+        """
+        layout = self.config.layout
+        counts = [] if dummy else [layout.visual_tokens(grid) for grid in grids]
+        tiles = 0 if features is None else len(features)
+        if len(index) != sum(counts) or tiles != sum(map(layout.tiles, grids)):
+            raise _wrong_places(index, counts, tiles, starts, names)
+        if features is None:
+            return embeds
+        instruction = None
+        if self.sampler.reads_instruction:
+            first = index.new_tensor([0] if dummy else [0, *counts[:-1]]).cumsum(0)
+            config = self.config
+            instruction = find_instructions(
+                input_ids,
+                embeds,
+                starts,
+                first if dummy else index[first],
+                user_turn=config.user_turn_ids,
+                end_id=config.turn_end_id,
+                image_id=config.image_token_id,
+            )
+        visual = self._visual_tokens(features, patch_mask, grids, instruction)
+        if dummy:
+            # An empty sum is 0 whatever the features hold, and gives sampler and tower a gradient of
+            # exact zeros.  Without one, ZeRO-3 would step it with the gradient of an earlier step.
+            return embeds + visual.flatten()[:0].sum().to(embeds.dtype)
+        return embeds.index_copy(0, index, visual.flatten(0, 1).to(embeds.dtype))
+
+    def _visual_tokens(
+        self,
+        features: Tensor,
+        patch_mask: Tensor,
+        grids: Sequence[tuple[int, int]],
+        instruction: Instruction | None = None,
+    ) -> Tensor:
+        """[N, P, C] features -> [N or I, K, d]."""
         if self.config.tile_layout == "released":
-            features, patch_mask = regroup_released(features, patch_mask, [tuple(grid) for grid in grids.tolist()])
-        return self.sampler(features, patch_mask)
+            features, patch_mask = regroup_released(features, patch_mask, grids)
+        return self.sampler(features, patch_mask, grids, instruction)
 
     def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, use_cache=True, **kwargs):
         inputs = super().prepare_inputs_for_generation(
@@ -392,19 +536,24 @@ class Blip3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return input_ids, model_kwargs | {name: value for name, value in images.items() if value is not None}
 
 
-def _scatter(embeds: Tensor, index: Tensor, visual: Tensor) -> Tensor:
-    """[T, d] embeddings with the rows at `index` replaced by [N, K, d] visual tokens."""
-    return embeds.index_copy(0, index, visual.flatten(0, 1).to(embeds.dtype))
-
-
-def _check_places(visual: Tensor, index: Tensor, where: str) -> None:
-    expected = visual.shape[0] * visual.shape[1]
-    if len(index) != expected:
-        raise PackingError(
-            f"{visual.shape[0]} tiles make {expected} visual tokens, but there are {len(index)} places for them",
-            where=where,
-            remedy="give each image exactly one <image> id for each of its visual tokens",
-        )
+def _wrong_places(
+    index: Tensor, counts: Sequence[int], tiles: int, starts: Tensor, names: Sequence[str]
+) -> PackingError:
+    """Names the first document whose places its images don't fill."""
+    places = torch.bincount(torch.bucketize(index, starts, right=True) - 1, minlength=len(names)).tolist()
+    remaining, where = list(counts), ", ".join(names)
+    for name, wanted in zip(names, places, strict=True):
+        filled = 0
+        while remaining and filled < wanted:
+            filled += remaining.pop(0)
+        if filled != wanted:
+            where = f"{name}, or an image of it"
+            break
+    return PackingError(
+        f"{len(counts)} images in {tiles} tiles make {sum(counts)} visual tokens, but there are {len(index)} places",
+        where=where,
+        remedy="give each image exactly one <image> id for each of its visual tokens",
+    )
 
 
 AutoConfig.register(Blip3Config.model_type, Blip3Config)

@@ -81,9 +81,10 @@ def layout_from_config(config: Mapping[str, Any]) -> VisualLayout:
     return VisualLayout(
         tile_size=int(config["vision_config"]["image_size"]),
         patch_size=int(config["vision_config"]["patch_size"]),
-        tokens_per_tile=int(config["sampler"]["num_latents"]),
+        tokens_per_tile=int(config["visual_tokens"]["per_tile"]),
         grids=tuple(_grid(*grid) for grid in config["grids"]),
         grid_rule=_grid_rule(config.get("grid_rule", "released")),
+        tokens_per_image=int(config["visual_tokens"]["per_image"]),
     )
 
 

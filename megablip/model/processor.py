@@ -47,7 +47,7 @@ class Blip3Processor(ProcessorMixin):
         tokenizer: a Hugging Face tokenizer with these tokens and `<pad>`.
         chat_template: in Jinja, for messages of plain text; by default the tokenizer's, or
             Phi-3's if the tokenizer has its tokens.
-        tile_size, patch_size, tokens_per_tile, grids, grid_rule: the model's VisualLayout.
+        tile_size, patch_size, tokens_per_tile, grids, grid_rule, tokens_per_image: the model's VisualLayout.
     """
 
     def __init__(
@@ -58,20 +58,24 @@ class Blip3Processor(ProcessorMixin):
         tokens_per_tile: int = 128,
         grids: Sequence[Sequence[int]] = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3)),
         grid_rule: str = "released",
+        tokens_per_image: int = 0,
         chat_template: str | None = None,
     ):
         if chat_template is None and tokenizer is not None:
             has_phi3s = set(CHAT_TOKENS.values()) <= tokenizer.get_vocab().keys()
             chat_template = tokenizer.chat_template or (PHI3_TEMPLATE if has_phi3s else None)
         super().__init__(tokenizer, chat_template=chat_template)
-        self.tile_size, self.patch_size, self.tokens_per_tile = tile_size, patch_size, tokens_per_tile
+        self.tile_size, self.patch_size = tile_size, patch_size
+        self.tokens_per_tile, self.tokens_per_image = tokens_per_tile, tokens_per_image
         self.grids = [list(grid) for grid in grids]
         self.grid_rule = grid_rule
 
     @property
     def layout(self) -> VisualLayout:
         grids = tuple((columns, rows) for columns, rows in self.grids)
-        return VisualLayout(self.tile_size, self.patch_size, self.tokens_per_tile, grids, self.grid_rule)
+        return VisualLayout(
+            self.tile_size, self.patch_size, self.tokens_per_tile, grids, self.grid_rule, self.tokens_per_image
+        )
 
     @property
     def model_input_names(self) -> list[str]:
@@ -197,7 +201,7 @@ class Blip3Processor(ProcessorMixin):
                 raise ConfigError("the chat template takes the text of a message apart", remedy="write a plain one")
             for part in re.split(f"({'|'.join(map(re.escape, markers))})", piece):
                 if part == IMAGE_TOKEN:
-                    row += [markers[IMAGE_TOKEN]] * (self.layout.tiles(next(grids)) * self.tokens_per_tile)
+                    row += [markers[IMAGE_TOKEN]] * self.layout.visual_tokens(next(grids))
                 elif part not in markers:
                     # A line's end after a control token belongs to it, and is encoded with it in training.
                     end = "\n" if part.startswith("\n") and row and row[-1] in markers.values() else ""

@@ -107,6 +107,7 @@ def _decoded(reader: SampleReader, layout: VisualLayout, planned, skipped) -> Re
 def _samples(reader: SampleReader, layout: VisualLayout, planned, packed: PackedSequence) -> Iterator[Sample]:
     failed = {(skip.source, skip.shard, skip.key, skip.offset) for skip in packed.skipped}
     ends = np.cumsum(packed.doc_lens)
+    first_tokens = packed.visual_positions[layout.spans(packed.grids)[0]]  # of each image
     number = 0
     for piece in planned.documents:
         source = reader.sources[piece.address.source]
@@ -116,7 +117,7 @@ def _samples(reader: SampleReader, layout: VisualLayout, planned, packed: Packed
         # A preference pair is two documents of one sample.
         for _ in range(2 if packed.pair[number] >= 0 else 1):
             start, end = ends[number] - packed.doc_lens[number], ends[number]
-            visual = ((packed.visual_positions >= start) & (packed.visual_positions < end)).sum()
+            grids = packed.grids[(first_tokens >= start) & (first_tokens < end)]
             yield Sample(
                 source=source.name,
                 key=packed.keys[number],
@@ -124,7 +125,7 @@ def _samples(reader: SampleReader, layout: VisualLayout, planned, packed: Packed
                 offset=offset,
                 tokens=int(packed.doc_lens[number]),
                 labels=int((packed.labels[start:end] != IGNORE_LABEL).sum()),
-                tiles=int(visual) // layout.tokens_per_tile,
+                tiles=int((1 + grids.prod(axis=1)).sum()),
             )
             number += 1
 

@@ -17,7 +17,7 @@ from rich.progress import track
 from torch import nn
 from transformers.initialization import no_init_weights
 
-from megablip.checkpoint.export import ExportReader, file_hash, first_weights, load_tower
+from megablip.checkpoint.export import ExportReader, file_hash, first_weights, load_tower, sampler_identity
 from megablip.checkpoint.slices import SliceReader
 from megablip.config import dump_config
 from megablip.data.collate import collate
@@ -50,7 +50,8 @@ def document_losses(step: ReplayedStep, weights: Path | None) -> list[torch.Tens
     export = ExportReader(config.model.path)
     if step.checkpoint:
         tokenizer = file_hash(Path(config.model.path) / "tokenizer.json")
-        step.checkpoint.check(config, {"model": export.hash(), "tokenizer": tokenizer})
+        sampler = sampler_identity(model_config)
+        step.checkpoint.check(config, {"model": export.hash(), "tokenizer": tokenizer, "sampler": sampler})
     device = torch.device("cuda" if computes_on_gpu() else "cpu")
     dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
     trained_tower = config.model.train_tower

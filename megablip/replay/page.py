@@ -15,7 +15,7 @@ from PIL import Image
 
 from megablip.metrics.picture import LEGEND
 from megablip.pages import write_page
-from megablip.records import IGNORE_LABEL
+from megablip.records import IGNORE_LABEL, VisualLayout
 from megablip.replay.batch import ReplayedSequence, ReplayedStep
 from megablip.tokens import Tokenizer
 
@@ -51,9 +51,7 @@ def write_replay(
                 "tokens": sequence.packed.tokens,
                 "length": step.config.data.sequence_length,
                 "tiles": len(sequence.packed.tiles),
-                "documents": list(
-                    _documents(sequence, step.layout.tokens_per_tile, tokenizer, losses and losses[number])
-                ),
+                "documents": list(_documents(sequence, step.layout, tokenizer, losses and losses[number])),
             }
             for number in shown
             for sequence in [step.sequences[number]]
@@ -63,13 +61,13 @@ def write_replay(
 
 
 def _documents(
-    sequence: ReplayedSequence, tokens_per_tile: int, tokenizer: Tokenizer, losses: Sequence[float] | None
+    sequence: ReplayedSequence, layout: VisualLayout, tokenizer: Tokenizer, losses: Sequence[float] | None
 ) -> Iterator[dict[str, Any]]:
     packed = sequence.packed
     # Of each visual token its image, else -1; of each image its tiles.
     images = 1 + packed.grids.prod(axis=1) if len(packed.grids) else np.zeros(0, int)
     image_of = np.full(packed.tokens, -1)
-    image_of[packed.visual_positions] = np.repeat(np.arange(len(images)), images * tokens_per_tile)
+    image_of[packed.visual_positions] = np.repeat(np.arange(len(images)), layout.spans(packed.grids)[1])
     first_tile = np.cumsum(images) - images
     start = 0
     for number, sample in enumerate(sequence.samples):

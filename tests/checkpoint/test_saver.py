@@ -20,6 +20,8 @@ from megablip.errors import CheckpointError, ConfigError
 from megablip.records import MASTER, LocalSlice
 from tests.minimal import RECIPE
 
+BASE = {"model": "m", "sampler": '{"kind": "perceiver"}'}
+
 WORLD, SIZE = 2, 10
 
 
@@ -100,7 +102,7 @@ class Run:
         engine, progress, lanes = Engine(rank), Progress(), None
         store = CheckpointStore(self.folder, self.config.checkpoint.keep, topology)
         say = self.said.append if rank == 0 else lambda text: None
-        saver = self.savers[rank] = Saver(self.config, store, engine, progress, topology, {"model": "m"}, say)
+        saver = self.savers[rank] = Saver(self.config, store, engine, progress, topology, BASE, say)
         for _ in range(self.steps):
             if self.paced() and saver._flight and saver._flight.task:
                 saver._flight.task.join()
@@ -339,7 +341,7 @@ def changed(**changes):
 def test_a_changed_run_is_refused_unless_the_change_is_named(tmp_path):
     Run(tmp_path, 1).go()
     checkpoint = open_checkpoint(tmp_path / "step_00000001")
-    same = {"model": "m"}
+    same = BASE
     checkpoint.check(changed(), same)
     checkpoint.check(changed(run_dir="elsewhere"), same)
     with pytest.raises(ConfigError, match=r"optimizer.lr: 0.001 -> 0.5") as caught:
@@ -350,6 +352,8 @@ def test_a_changed_run_is_refused_unless_the_change_is_named(tmp_path):
     with pytest.raises(ConfigError, match="lanes: 4 -> 8"):
         checkpoint.check(changed(batch={"lanes": 8}, allow_changes=["optimizer"]), same)
     with pytest.raises(CheckpointError, match="model is not the one") as caught:
-        checkpoint.check(changed(), {"model": "other"})
+        checkpoint.check(changed(), same | {"model": "other"})
     assert "allow_changes=[model.path]" in caught.value.remedy
-    checkpoint.check(changed(allow_changes=["model.path"]), {"model": "other"})
+    checkpoint.check(changed(allow_changes=["model.path"]), same | {"model": "other"})
+    with pytest.raises(CheckpointError, match=r"sampler is .*fixed.*, and this run trains .*perceiver"):
+        checkpoint.check(changed(), same | {"sampler": '{"kind": "fixed"}'})

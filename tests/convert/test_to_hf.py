@@ -15,13 +15,13 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from megablip.checkpoint import writer
 from megablip.checkpoint.commit import CheckpointStore
-from megablip.checkpoint.export import ExportReader, file_hash, first_weights
+from megablip.checkpoint.export import ExportReader, file_hash, first_weights, sampler_identity
 from megablip.checkpoint.slices import rank_file, write_slices
 from megablip.config import dump_config, parse_config
 from megablip.convert import sources
 from megablip.convert.to_hf import zero_to_hf
 from megablip.errors import CheckpointError, ConfigError
-from megablip.model.blip3 import Blip3ForConditionalGeneration
+from megablip.model.blip3 import Blip3Config, Blip3ForConditionalGeneration
 from megablip.records import MASTER, LocalSlice
 from tests.checkpoint.alone import Alone
 from tests.minimal import RECIPE
@@ -65,6 +65,8 @@ def make_run(folder, start, weights, **model):
         for name, value in weights.items()
     ]
     base = {"model": ExportReader(start).hash(), "tokenizer": "t"}
+    base["sampler"] = sampler_identity(Blip3Config.from_pretrained(start))
+    base["sampler"] = sampler_identity(Blip3Config.from_pretrained(start))
     trainer_state = {"base": base, "config": config.model_dump(mode="json", by_alias=True)}
     CheckpointStore(folder / "checkpoints", 2, Alone()).save(
         3,

@@ -70,7 +70,7 @@ def cases():
 @pytest.mark.parametrize("mode", ["base", "anyres_patch"])
 @pytest.mark.parametrize("number", CASES)
 def test_the_converted_reference_gives_its_logits(model, cases, number, mode):
-    reference.test_logits_and_loss(model, cases, number, mode)
+    reference.check_logits_and_loss(model, cases, number, mode)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

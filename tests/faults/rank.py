@@ -45,10 +45,10 @@ def skip_sampler() -> None:
     """From the second step on the last rank does not call the sampler, as for a batch without images."""
     tokens, calls = Blip3ForConditionalGeneration._visual_tokens, []
 
-    def patched(self, features, patch_mask, grids):
+    def patched(self, features, patch_mask, grids, instruction):
         calls.append(None)
         if RANK != LAST or len(calls) <= SECOND_STEP:
-            return tokens(self, features, patch_mask, grids)
+            return tokens(self, features, patch_mask, grids, instruction)
         print(f"skips the sampler at {time.monotonic()}", flush=True)
         config = self.config
         shape = (len(features), config.layout.tokens_per_tile, config.text_config.hidden_size)

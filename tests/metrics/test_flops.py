@@ -49,6 +49,7 @@ def by_formula(model, batch, *, tiles: bool = True) -> float:
         labels=batch.valid_labels,
         pairs=sum(length**2 for length in batch.doc_lens),  # torch counts the masked half, too
         tiles=len(batch.tiles) if tiles else 0,
+        images=len(batch.grid),
     )
 
 
@@ -92,9 +93,9 @@ def test_attention_is_what_plain_products_cost(decoder, train_tower):
     assert not any("attention" in str(operation) for operation in counter.get_flop_counts()["Global"])
     flops = ModelFlops.of(model, model.vision_tower, model.config)
     labels, tokens, tiles = batch.valid_labels, len(batch.input_ids), len(batch.tiles)
-    whole = flops.of_step(tokens=tokens, labels=labels, pairs=tokens**2, tiles=tiles)
+    whole = flops.of_step(tokens=tokens, labels=labels, pairs=tokens**2, tiles=tiles, images=0)
     assert whole == pytest.approx(counter.get_total_flops(), rel=0.01)
-    assert flops.of_step(tokens=tokens, labels=labels, pairs=0, tiles=tiles) < 0.9 * whole
+    assert flops.of_step(tokens=tokens, labels=labels, pairs=0, tiles=tiles, images=0) < 0.9 * whole
 
 
 def test_adapters_beside_frozen_weights():
@@ -143,13 +144,12 @@ def test_the_released_model_at_4096_tokens():
         model = Blip3ForConditionalGeneration(Blip3Config(text_config=text, vision_config=vision))
     flops = ModelFlops.of(model, model.vision_tower, model.config)
     # 0.19 T^2 is of all pairs; causal attention sees half of them.
-    whole = flops.of_step(tokens=4096, labels=4096, pairs=0.19 * 4096**2 / 2, tiles=12)
+    whole = flops.of_step(tokens=4096, labels=4096, pairs=0.19 * 4096**2 / 2, tiles=12, images=4)
     assert whole == pytest.approx(104e12, rel=0.01)
     # With half of the tokens trained, the head's part is half.
-    assert whole - flops.of_step(tokens=4096, labels=2048, pairs=0.19 * 4096**2 / 2, tiles=12) == pytest.approx(
-        6 * 32064 * 3072 * 2048
-    )
-    assert flops.of_step(tokens=4096, labels=4096, pairs=0, tiles=0) == pytest.approx(91.4e12, rel=0.01)
+    half = flops.of_step(tokens=4096, labels=2048, pairs=0.19 * 4096**2 / 2, tiles=12, images=4)
+    assert whole - half == pytest.approx(6 * 32064 * 3072 * 2048)
+    assert flops.of_step(tokens=4096, labels=4096, pairs=0, tiles=0, images=0) == pytest.approx(91.4e12, rel=0.01)
     assert flops.per_pair * 0.19 * 4096**2 / 2 == pytest.approx(1.8e12, rel=0.05)
     assert 12 * flops.per_tile == pytest.approx(8.3e12 + 2.2e12, rel=0.05)
 

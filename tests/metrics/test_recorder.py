@@ -95,7 +95,7 @@ def test_mfu_is_the_share_of_a_known_peak(tmp_path, clock, monkeypatch):
     run_step(recorder, clock, seconds=2.0)
     recorder.close()
     (point,) = read_metrics(tmp_path)
-    flops = recorder._flops.of_step(tokens=19, labels=5, pairs=19 * 20 / 2, tiles=3)
+    flops = recorder._flops.of_step(tokens=19, labels=5, pairs=19 * 20 / 2, tiles=3, images=1)
     assert point["mfu"] == pytest.approx(flops / 2.0 / 1e9)
     assert point["tflops_per_s_per_rank"] == pytest.approx(flops / 2.0 / 1e12)
 

@@ -9,7 +9,9 @@ import torch
 from megablip.metrics import sums as module
 from megablip.metrics.sums import RankFacts, StepSums, attended_pairs
 from megablip.model.blip3 import PackedLoss
-from tests.model.tiny import make_doc, pack
+from tests.model.tiny import make_doc, pack, tiny_config
+
+LAYOUT = tiny_config().layout
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +30,7 @@ def two_ranks(monkeypatch):
 
 def summed(micro_batches, losses=()):
     sums = StepSums(
-        ["a", "b"], np.array([3, 4]), {"b": 1}, micro_batches, RankFacts(host_bytes=50), None, (), 0, 2,
+        ["a", "b"], np.array([3, 4]), {"b": 1}, micro_batches, RankFacts(host_bytes=50), LAYOUT, None, (), 0, 2,
         torch.device("cpu"),
     )  # fmt: skip
     for micro_batch, loss in zip(micro_batches, losses, strict=False):

@@ -227,9 +227,9 @@ def test_wrong_number_of_visual_tokens_is_an_error():
     packed = pack([make_doc(12, [(2, 1)], seed=1)])
     features = features_of(model, packed)
     packed.visual_token_index = packed.visual_token_index[1:]
-    with pytest.raises(PackingError, match="3 tiles make 9 visual tokens, but there are 8 places"):
+    with pytest.raises(PackingError, match="1 images in 3 tiles make 9 visual tokens, but there are 8 places"):
         model(packed=packed, vision_features=features)
-    with pytest.raises(PackingError, match="0 tiles make 0 visual tokens, but there are 9 places"):
+    with pytest.raises(PackingError, match="0 images in 0 tiles make 0 visual tokens, but there are 9 places"):
         model(packed.input_ids[None])
 
 

@@ -14,7 +14,8 @@ from megablip.tokens import Tokenizer
 from tests.data.small import write_tokenizer
 from tests.model.tiny import features_of, make_doc, pack, tiny_config, tiny_model
 
-CONFIG = {"vision_config": {"image_size": 16, "patch_size": 4}, "sampler": {"num_latents": 3}, "grids": [[1, 2]]}
+CONFIG = {"vision_config": {"image_size": 16, "patch_size": 4}, "grids": [[1, 2]]}
+CONFIG |= {"visual_tokens": {"per_tile": 3, "per_image": 0}}
 
 
 def test_the_rule_is_the_released_one_unless_the_config_says_otherwise():

@@ -160,7 +160,9 @@ def test_the_tower_of_a_whole_model():
 def test_tile_size_without_one_of_its_own():
     config = tower_config(Siglip2VisionConfig())  # google/siglip2-base-patch16-naflex
     assert config.image_size == math.isqrt(256) * 16
-    layout = layout_from_config({"vision_config": vars(config), "sampler": {"num_latents": 8}, "grids": []})
+    layout = layout_from_config(
+        {"vision_config": vars(config), "visual_tokens": {"per_tile": 8, "per_image": 0}, "grids": []}
+    )
     assert (layout.tile_size, layout.patches_per_tile) == (256, 256)
 
 

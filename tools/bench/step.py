@@ -181,7 +181,7 @@ def demo_model() -> Blip3ForConditionalGeneration:
 def demo_batch(layout: VisualLayout) -> MicroBatch:
     """Documents of one image and a text that is trained on, of lengths that differ."""
     rng = np.random.default_rng(0)
-    visual = layout.tiles(GRID) * layout.tokens_per_tile
+    visual = layout.visual_tokens(GRID)
     documents = []
     for number in range(DOCUMENTS):
         text = rng.integers(FIRST_TEXT_ID, VOCABULARY, rng.integers(*TEXT_TOKENS))
@@ -213,7 +213,7 @@ def document(
     return DecodedDocument(
         input_ids=ids,
         labels=labels,
-        visual_positions=np.arange(tiles * layout.tokens_per_tile),
+        visual_positions=np.arange(sum(map(layout.visual_tokens, grids))),
         tiles=np.zeros((tiles, 3, layout.tile_size, layout.tile_size), np.uint8),
         patch_mask=np.ones((tiles, layout.patches_per_tile), bool),
         grids=np.array(grids).reshape(-1, 2),

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from megablip.model.attention import dense_attention
+from megablip.model.samplers.base import Sampler, SamplerFlops, VisualTokens
+from megablip.model.samplers.instruction import Instruction
 
 
-class PerceiverResampler(nn.Module):
+class PerceiverResampler(Sampler):
     """Latents that read a tile's patches: the sampler of xGen-MM.
 
     Shape and parameter names are those of the released weights (salesforce/LAVIS,
@@ -28,24 +31,68 @@ class PerceiverResampler(nn.Module):
     """
 
     def __init__(
-        self, *, dim: int, output_dim: int, depth: int, heads: int, dim_head: int, num_latents: int, ff_mult: int
+        self,
+        *,
+        dim: int,
+        output_dim: int,
+        depth: int = 6,
+        heads: int = 16,
+        dim_head: int = 96,
+        num_latents: int = 128,
+        ff_mult: int = 4,
     ):
         super().__init__()
+        self._dim, self._inner, self._latents, self._ff_mult = dim, heads * dim_head, num_latents, ff_mult
         self.latents = nn.Parameter(torch.randn(num_latents, dim))
         self.layers = nn.ModuleList(PerceiverBlock(dim, heads, dim_head, ff_mult) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
         self.projection = nn.Linear(dim, output_dim)
 
-    def forward(self, features: Tensor, patch_mask: Tensor) -> Tensor:
+    @classmethod
+    def visual_tokens(cls, settings: Mapping[str, int], patches_per_side: int) -> VisualTokens:
+        return VisualTokens(per_tile=settings["num_latents"])
+
+    def init_parameters(self) -> None:
+        init.normal_(self.latents)
+
+    def flops(self, patches: int) -> SamplerFlops:
+        return SamplerFlops(per_tile=self._media_flops(patches) + self._latent_flops())
+
+    def forward(
+        self,
+        features: Tensor,
+        patch_mask: Tensor,
+        grids: Sequence[tuple[int, int]] = (),
+        instruction: Instruction | None = None,
+    ) -> Tensor:
         """[N, P, dim] features, bool[N, P] (True where the patch shows the image) -> [N, num_latents, output_dim]."""
         features = features.to(self.latents.dtype)
-        latents = self.latents.expand(len(features), -1, -1)
+        return self._resample(features, patch_mask, self.latents.expand(len(features), -1, -1))
+
+    def _resample(self, features: Tensor, patch_mask: Tensor, queries: Tensor, extra_mask: Tensor | None = None):
+        """What the latents, the first of the [N, Q, dim] queries, have read in the end.
+
+        Args:
+            extra_mask: bool[N, Q - num_latents], False where a query past the latents is padding.
+        """
         # Latents see each other always, so a tile of padding only has something to attend to.
-        visible = torch.cat([patch_mask.bool(), patch_mask.new_ones(latents.shape[:2], dtype=torch.bool)], dim=1)
+        parts = [patch_mask.bool(), patch_mask.new_ones(len(queries), len(self.latents), dtype=torch.bool)]
+        visible = torch.cat(parts if extra_mask is None else [*parts, extra_mask], dim=1)
         mask = visible[:, None, None, :]
         for block in self.layers:
-            latents = block(latents, features, mask)
-        return self.projection(self.norm(latents))
+            queries = block(queries, features, mask)
+        return self.projection(self.norm(queries[:, : len(self.latents)]))
+
+    def _media_flops(self, patches: int) -> int:
+        """What `patches` patches cost as keys and values."""
+        return len(self.layers) * patches * (2 * 2 * self._dim * self._inner + 4 * self._latents * self._inner)
+
+    def _latent_flops(self) -> int:
+        """The rest, for one set of latents."""
+        rows = self._latents
+        products = rows * (4 * self._dim * self._inner + 2 * self._dim * self._dim * self._ff_mult)
+        attention = 2 * rows * rows * self._inner
+        return 2 * len(self.layers) * (products + attention) + 2 * rows * self._dim * self.projection.out_features
 
 
 class PerceiverBlock(GradientCheckpointingLayer):
@@ -94,7 +141,7 @@ def feed_forward(dim: int, mult: int) -> nn.Sequential:
     )
 
 
-def regroup_released(features: Tensor, patch_mask: Tensor, grids: Iterable[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+def regroup_released(features: Tensor, patch_mask: Tensor, grids: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
     """Hand the sampler strips where it would get crops, as the released weights expect.
 
     xGen-MM stitches an image's crops into one map of patches and cuts it again
