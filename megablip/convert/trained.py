@@ -32,7 +32,7 @@ class TrainedModel:
         start: the export that the run began with.
         weights: all tensors of the export, under its names; fp32 where they were trained.
         trained: names of those that training changed.
-        base_hash: of the export when the run began.
+        base: what trainer_state.json holds of the export when the run began.
     """
 
     folder: Path
@@ -40,7 +40,7 @@ class TrainedModel:
     model: ModelConfig
     weights: TensorSource
     trained: set[str]
-    base_hash: str
+    base: dict[str, str]
 
     @property
     def config_changes(self) -> dict[str, Any]:
@@ -64,14 +64,14 @@ class TrainedModel:
             )
 
     def _check_start(self) -> None:
-        if self.start.hash() != self.base_hash:
+        if self.start.hash() != self.base["model"]:
             raise CheckpointError(
                 "the frozen weights are no longer those the run began with",
                 where=str(self.start.where),
                 remedy="restore the folder; its hash stands in trainer_state.json",
             )
         now = json.loads((self.start.folder / "config.json").read_text(encoding="utf-8"))["sampler"]
-        began = json.loads(checkpoint.trainer_state["base"]["sampler"])
+        began = json.loads(self.base["sampler"])
         if now != began:
             raise CheckpointError(
                 f"the model's sampler is {now}, and this run trained {began}",
