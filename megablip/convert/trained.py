@@ -64,7 +64,7 @@ class TrainedModel:
             )
 
     def _check_start(self) -> None:
-        if self.start.hash() != self.base["model"]:
+        if self.start.hash() != self.base.get("model"):
             raise CheckpointError(
                 "the frozen weights are no longer those the run began with",
                 where=str(self.start.where),
@@ -123,7 +123,7 @@ def open_trained(source: Path) -> TrainedModel:
         )
     changed = (found & set(shapes)) | {f"{module}.weight" for module in adapters}
     _, state = manifest_of(folder)
-    return TrainedModel(folder, start, model, weights, changed, state.get("base", {}).get("model", ""))
+    return TrainedModel(folder, start, model, weights, changed, state.get("base", {}))
 
 
 @contextmanager
