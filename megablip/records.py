@@ -231,6 +231,10 @@ class PackedSequence:
         return int.from_bytes(hashlib.blake2b(place + self.input_ids.tobytes(), digest_size=8).digest()) >> 1
 
 
+# Lengths and indices are made from these; on a device, the forward would wait to read them.
+_ON_HOST = ("patch_mask", "grid")
+
+
 @dataclass(slots=True)
 class MicroBatch:
     """What one forward takes: T tokens without padding, D documents.
@@ -250,7 +254,7 @@ class MicroBatch:
     source: torch.Tensor  # int32[D]
     pair: torch.Tensor  # int32[D]: number of the preference pair, -1 if none
     tiles: torch.Tensor  # uint8[N, 3, S, S]
-    patch_mask: torch.Tensor  # bool[N, P]
+    patch_mask: torch.Tensor  # bool[N, P]; stays on the host, as `grid`
     tile_to_image: torch.Tensor  # int32[N]
     grid: torch.Tensor  # int32[I, 2]; stays on the host, where it is read
     visual_token_index: torch.Tensor  # int64[V], places in input_ids; none if dummy
@@ -258,9 +262,9 @@ class MicroBatch:
     dummy: bool = False
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same with its tensors on `device`, but for `grid`."""
+        """The same with its tensors on `device`, but for those that say how tiles lie."""
         moved = {
-            f.name: value.to(device, non_blocking=True) if hasattr(value, "to") and f.name != "grid" else value
+            f.name: value.to(device, non_blocking=True) if hasattr(value, "to") and f.name not in _ON_HOST else value
             for f in fields(self)
             for value in [getattr(self, f.name)]
         }

@@ -2,7 +2,8 @@
 
 Model FLOPs as in PaLM (arXiv 2204.02311, appendix B): what the mathematics of
 forward and backward needs on real tokens, at two for a multiply and an add.
-Recomputed activations, padding and dummy tiles don't count.
+Recomputed activations, padding of sequences and dummy tiles don't count; a tile
+counts with all of its patches, though the sampler leaves out those that show no image.
 """
 
 from __future__ import annotations

@@ -508,6 +508,7 @@ class Blip3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         instruction: Instruction | None = None,
     ) -> Tensor:
         """[N, P, C] features -> [N or I, K, d]."""
+        patch_mask = patch_mask.cpu()  # in training it is there already
         if self.config.tile_layout == "released":
             features, patch_mask = regroup_released(features, patch_mask, grids)
         return self.sampler(features, patch_mask, grids, instruction)

@@ -135,9 +135,8 @@ class VisibleKeys:
     rows: Rows | None
 
     @classmethod
-    def from_mask(cls, visible: Tensor, queries: int, device: torch.device) -> VisibleKeys:
-        """From bool[N, K] on the host, so that nothing waits for the device."""
-        seen = visible.numpy()
+    def from_mask(cls, seen: np.ndarray, queries: int, device: torch.device) -> VisibleKeys:
+        """From bool[N, K], on the host, so that nothing waits for the device."""
         counts = seen.sum(axis=1).tolist()
         rows = None
         if not seen.all():

@@ -57,13 +57,17 @@ def step(config: Blip3Config, recipe: Config, batch: MicroBatch, labels: int) ->
             partial(build_trained, config, recipe),
         )
     )
-    with FakeTensorMode() as mode:
+    # What lies on the host has its values: lengths and indices are made from them.
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         for module in (tower, model):
             to_fake_device(module, mode, device)
         freeze(tower)
         model.train()
         tensors = {f.name: getattr(batch, f.name) for f in fields(batch)}
-        fake = {name: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for name, x in tensors.items()}
+        fake = {
+            name: mode.from_tensor(x) if isinstance(x, torch.Tensor) and name not in ("patch_mask", "grid") else x
+            for name, x in tensors.items()
+        }
         moved = MicroBatch(**fake).to(device)
         losses = model(packed=moved, vision_features=encode_tiles(tower, moved.tiles))
         (losses.loss / labels).backward()

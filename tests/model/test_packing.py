@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -29,7 +30,7 @@ def test_padding_lays_documents_into_a_batch_with_the_gradient_of_each_row_once(
 
 def test_visible_keys_are_taken_and_the_others_get_no_gradient():
     visible = torch.tensor([[True, False, True, True], [False, False, True, True]])
-    keys = VisibleKeys.from_mask(visible, queries=2, device=CPU)
+    keys = VisibleKeys.from_mask(visible.numpy(), queries=2, device=CPU)
     assert keys.queries.doc_lens == [2, 2]
     assert keys.keys.doc_lens == [3, 2]
     x = torch.arange(8.0).view(2, 4, 1).requires_grad_()
@@ -40,7 +41,7 @@ def test_visible_keys_are_taken_and_the_others_get_no_gradient():
 
 
 def test_where_all_keys_are_seen_nothing_is_gathered():
-    keys = VisibleKeys.from_mask(torch.ones(2, 4, dtype=torch.bool), queries=1, device=CPU)
+    keys = VisibleKeys.from_mask(np.ones((2, 4), bool), queries=1, device=CPU)
     x = torch.randn(2, 4, 3)
     assert keys.rows is None
     assert keys.take(x).data_ptr() == x.data_ptr()
@@ -50,7 +51,7 @@ def test_where_all_keys_are_seen_nothing_is_gathered():
 def test_taking_rows_has_the_gradient_of_an_index(kind):
     x = torch.randn(2, 4, 3, dtype=kind, requires_grad=True)
     visible = torch.tensor([[True, False, True, True], [False, False, True, True]])
-    out = VisibleKeys.from_mask(visible, queries=2, device=CPU).take(x)
+    out = VisibleKeys.from_mask(visible.numpy(), queries=2, device=CPU).take(x)
     weights = torch.randn_like(out)
     (mine,) = torch.autograd.grad(out, x, weights)
     (theirs,) = torch.autograd.grad(x[visible], x, weights)

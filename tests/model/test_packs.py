@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from megablip.model.attention import use_backend
 from megablip.model.blip3 import Blip3ForConditionalGeneration
 from megablip.records import MicroBatch
 from tests.model.stand_ins import BACKENDS, EXACT, running_on
@@ -156,3 +157,23 @@ def test_deterministic_mode_gives_the_same_bits(backend, dtype):
         torch.set_num_threads(threads)
     assert len(runs[0]) > 20
     assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("tile_layout", ["crops", "released"])
+def test_nothing_is_read_from_the_device_on_the_way_to_the_hidden_states(tile_layout):
+    """On the meta device there is nothing to read: .item(), .tolist() and nonzero() are errors there."""
+    config = tiny_config(window=16, tile_layout=tile_layout)
+    config.text_config.num_attention_heads = 6
+    with torch.device("meta"):
+        model = Blip3ForConditionalGeneration(config, with_vision_tower=False).train()
+    batch = pack([make_doc(20, [(2, 2)], 0), make_doc(9, [], 1), make_doc(5, [(1, 1), (2, 1)], 2)]).to("meta")
+    assert batch.input_ids.is_meta
+    features = torch.empty(*batch.patch_mask.shape, 32, device="meta")
+    use_backend("torch_varlen")  # the real one: its kernel is registered for this device too
+    try:
+        hidden, _ = model.packed_hidden_states(batch, features)
+        hidden.sum().backward()
+    finally:
+        use_backend(None)
+    assert hidden.shape == (len(batch.input_ids), 48)
+    assert model.sampler.latents.grad.shape == model.sampler.latents.shape

@@ -8,13 +8,11 @@ doesn't (generation, with a KV cache and left padding).
 """
 
 from megablip.model.attention.interface import ATTENTION, varlen_attention
-from megablip.model.attention.per_document import dense_attention
 from megablip.model.attention.select import Selection, head_sizes, select_backend, use_backend
 
 __all__ = [
     "ATTENTION",
     "Selection",
-    "dense_attention",
     "head_sizes",
     "select_backend",
     "use_backend",

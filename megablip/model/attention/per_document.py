@@ -87,21 +87,6 @@ def dense(
     return out[0].transpose(0, 1)
 
 
-def dense_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float, mask: Tensor | None = None) -> Tensor:
-    """Attention of a plain batch: [B, heads, Q, D] over [B, heads, K, D].
-
-    Args:
-        mask: bool, broadcastable to [B, heads, Q, K]; True where a key is seen.
-            Each query must see a key.
-    """
-    if query.device.type == "cpu" and query.dtype in HALF and key.shape[-2] <= SHORT_TOKENS:
-        scores = torch.matmul(query * scale, key.transpose(-1, -2))
-        if mask is not None:
-            scores = scores.masked_fill(~mask, float("-inf"))
-        return torch.matmul(scores.softmax(-1), value)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-
-
 def causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
     """bool[queries, keys], True where seen; the last query stands at the last key."""
     distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)

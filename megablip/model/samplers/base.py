@@ -96,7 +96,7 @@ class Sampler(nn.Module):
 
         Args:
             features: [N, P, dim], each image's base tile, then its crops row by row.
-            patch_mask: bool[N, P], True where the patch shows the image.
+            patch_mask: bool[N, P] on the host, True where the patch shows the image.
             grids: (columns, rows) of each image's crops; an image has 1 + columns * rows tiles.
             instruction: of each image; needed where `reads_instruction`.
 

@@ -41,7 +41,7 @@ class FixedResampler(PerceiverResampler):
         starts = torch.tensor(tiles).cumsum(0) - torch.tensor(tiles)
         place = torch.arange(widest)
         own = place < torch.tensor(tiles)[:, None]
-        index = torch.where(own, starts[:, None] + place, 0).to(features.device)
-        mask = patch_mask.bool()[index] & own.to(features.device)[:, :, None]
-        gathered = features.index_select(0, index.flatten()).unflatten(0, index.shape)
+        index = torch.where(own, starts[:, None] + place, 0)
+        mask = patch_mask.bool()[index] & own[:, :, None]
+        gathered = features.index_select(0, index.flatten().to(features.device)).unflatten(0, index.shape)
         return super().forward(gathered.flatten(1, 2), mask.view(len(tiles), widest * patches))

@@ -43,4 +43,4 @@ class InstructResampler(PerceiverResampler):
         image = image_of_tile(grids, features.device)
         words = self.instruction_projection(instruction.embeds.to(self.latents.dtype)).index_select(0, image)
         queries = torch.cat([self.latents.expand(len(features), -1, -1), words], dim=1)
-        return self._resample(features, patch_mask, queries, instruction.mask.index_select(0, image))
+        return self._resample(features, patch_mask, queries, instruction.mask.index_select(0, image).cpu())

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from megablip.model.attention import dense_attention
+from megablip.model.attention import varlen_attention
+from megablip.model.packing import VisibleKeys
 from megablip.model.samplers.base import Sampler, SamplerFlops, VisualTokens
 from megablip.model.samplers.instruction import Instruction
 
@@ -73,14 +75,14 @@ class PerceiverResampler(Sampler):
         """What the latents, the first of the [N, Q, dim] queries, have read in the end.
 
         Args:
-            extra_mask: bool[N, Q - num_latents], False where a query past the latents is padding.
+            extra_mask: bool[N, Q - num_latents] on the host, False where a query past the latents is padding.
         """
         # Latents see each other always, so a tile of padding only has something to attend to.
-        parts = [patch_mask.bool(), patch_mask.new_ones(len(queries), len(self.latents), dtype=torch.bool)]
-        visible = torch.cat(parts if extra_mask is None else [*parts, extra_mask], dim=1)
-        mask = visible[:, None, None, :]
+        parts = [patch_mask.numpy(), np.ones((len(queries), len(self.latents)), bool)]
+        seen = np.concatenate(parts if extra_mask is None else [*parts, extra_mask.numpy()], axis=1)
+        keys = VisibleKeys.from_mask(seen, queries.shape[1], features.device)
         for block in self.layers:
-            queries = block(queries, features, mask)
+            queries = block(queries, features, keys)
         return self.projection(self.norm(queries[:, : len(self.latents)]))
 
     def _media_flops(self, patches: int) -> int:
@@ -103,10 +105,10 @@ class PerceiverBlock(GradientCheckpointingLayer):
         self.add_module("0", PerceiverAttention(dim, heads, dim_head))
         self.add_module("1", feed_forward(dim, ff_mult))
 
-    def forward(self, latents: Tensor, media: Tensor, mask: Tensor) -> Tensor:
-        """[N, K, dim], [N, P, dim], bool[N, 1, 1, P + K] -> [N, K, dim]."""
+    def forward(self, latents: Tensor, media: Tensor, keys: VisibleKeys) -> Tensor:
+        """[N, Q, dim], [N, P, dim] -> [N, Q, dim]; `keys`: which of a tile's P + Q are seen."""
         attention, feed = self.children()
-        latents = latents + attention(media, latents, mask)
+        latents = latents + attention(media, latents, keys)
         return latents + feed(latents)
 
 
@@ -123,16 +125,16 @@ class PerceiverAttention(nn.Module):
         self.to_kv = nn.Linear(dim, inner * 2, bias=False)
         self.to_out = nn.Linear(inner, dim, bias=False)
 
-    def forward(self, media: Tensor, latents: Tensor, mask: Tensor) -> Tensor:
-        """[N, P, dim], [N, K, dim], bool[N, 1, 1, P + K] -> [N, K, dim]."""
+    def forward(self, media: Tensor, latents: Tensor, keys: VisibleKeys) -> Tensor:
+        """[N, P, dim], [N, Q, dim] -> [N, Q, dim]; `keys`: which of a tile's P + Q are seen."""
         latents = self.norm_latents(latents)
-        query = self._split(self.to_q(latents))
-        key, value = self.to_kv(torch.cat([self.norm_media(media), latents], dim=1)).chunk(2, dim=-1)
-        out = dense_attention(query, self._split(key), self._split(value), scale=self.scale, mask=mask)
-        return self.to_out(out.transpose(1, 2).flatten(2))
-
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        query = self.to_q(latents).flatten(0, 1)
+        # Only what is seen is projected: padding costs no product.
+        key, value = self.to_kv(keys.take(torch.cat([self.norm_media(media), latents], dim=1))).chunk(2, dim=-1)
+        query, key, value = (rows.unflatten(-1, (self.heads, -1)) for rows in (query, key, value))
+        layouts = {"layout_q": keys.queries, "layout_k": keys.keys}
+        out = varlen_attention(query, key, value, **layouts, causal=False, scale=self.scale)
+        return self.to_out(out.flatten(1)).view_as(latents)
 
 
 def feed_forward(dim: int, mult: int) -> nn.Sequential:
@@ -151,7 +153,7 @@ def regroup_released(features: Tensor, patch_mask: Tensor, grids: Sequence[tuple
 
     Args:
         features: [N, P, C], tiles of all images in order: base tile, then crops row by row.
-        patch_mask: [N, P].
+        patch_mask: [N, P] on the host.
         grids: (columns, rows) of each image.  Tiles past the last image (the
             dummy tile) stay as they are.
     """
@@ -165,8 +167,7 @@ def regroup_released(features: Tensor, patch_mask: Tensor, grids: Sequence[tuple
             continue  # the strips are the crops
         crops = index[first * patches : start * patches]
         crops.copy_(crops.view(rows, columns, side, side).transpose(1, 2).reshape(-1))
-    index = index.to(features.device)
     return (
-        features.flatten(0, 1).index_select(0, index).view_as(features),
+        features.flatten(0, 1).index_select(0, index.to(features.device)).view_as(features),
         patch_mask.flatten().index_select(0, index).view_as(patch_mask),
     )

@@ -95,7 +95,7 @@ class QFormerSampler(Sampler):
         """[N, P, dim] features -> [N, num_queries, output_dim]."""
         image = image_of_tile(grids, features.device)
         words = instruction.mask.index_select(0, image)
-        seen = patch_mask.bool()
+        seen = patch_mask.bool().to(features.device)
         seen = seen | ~seen.any(dim=1, keepdim=True)  # a tile of padding only: something must be attended to
         queries = self.queries.expand(len(features), -1, -1)
         read = self.qformer(
