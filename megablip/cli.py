@@ -189,6 +189,21 @@ def diff(
     raise typer.Exit(0 if same else 1)
 
 
+@convert_app.command("import-zero")
+def import_zero(
+    source: Annotated[Path, typer.Argument(help="checkpoint that DeepSpeed saved, or its universal format")],
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe of the run that goes on")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.subkey=value ...")] = None,
+    tokens: Annotated[int | None, typer.Option(help="trained so far, for recipes that count them", min=0)] = None,
+    strip_prefix: Annotated[str, typer.Option(help="what the names there begin with")] = "",
+    allow_changes: Annotated[bool, typer.Option(help="of weight decay, betas and eps")] = False,
+) -> None:
+    """Make a run begun elsewhere one of ours: weights, moments and steps, at any number of ranks."""
+    from megablip.take_over import take_over
+
+    take_over(source, recipe, overrides or [], tokens=tokens, strip_prefix=strip_prefix, allow_changes=allow_changes)
+
+
 @convert_app.command("init")
 def init(
     output: Annotated[Path, typer.Argument(help="folder to write")],

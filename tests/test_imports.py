@@ -26,7 +26,7 @@ ORDER = [
     {"convert"},
     {"metrics"},
     {"evaluate", "replay"},
-    {"doctor", "launch", "train", "cli"},
+    {"doctor", "launch", "train", "take_over", "cli"},
 ]
 DATA_ORDER = [
     "tar",

@@ -118,11 +118,14 @@ class CheckpointStore:
     def path(self, step: int) -> Path:
         return self._folder / f"step_{step:08d}"
 
-    def write(self, step: int, write_rank_file: Callable[[Path], None], lane_states: dict[int, np.ndarray]) -> None:
+    def write(
+        self, step: int, write_rank_file: Callable[[Path], str | None], lane_states: dict[int, np.ndarray]
+    ) -> None:
         """Write this rank's part of a checkpoint; on return it is durable, and still no checkpoint.
 
         Args:
-            write_rank_file: writes this rank's slices to the given path.
+            write_rank_file: writes this rank's slices to the given path; it may return the
+                file's SHA-256, if it has synced the file to disk.
             lane_states: of the lanes this rank owns.
 
         Raises:
@@ -131,9 +134,10 @@ class CheckpointStore:
         staging = _staging(self.path(step))
         staging.mkdir(parents=True, exist_ok=True)
         path = staging / rank_file(self._topology.rank)
-        write_rank_file(path)
+        digest = write_rank_file(path)
+        described = (path.name, {"size": path.stat().st_size, "sha256": digest}) if digest else _describe(path)
         lanes = {lane: state.tolist() for lane, state in lane_states.items()}
-        part = {"file": _describe(path), "lanes": lanes}
+        part = {"file": described, "lanes": lanes}
         _write_synced(staging / _part_file(self._topology.rank), json.dumps(part).encode())
         _sync_folder(staging)
 

@@ -22,74 +22,26 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from megablip.checkpoint.deepspeed_state import (
+    DAMAGED,
+    Fragment,
+    ModelStates,
+    Shape,
+    TrainingState,
+    mixed_steps,
+    required,
+    scalar,
+    settings_of_groups,
+)
 from megablip.checkpoint.restricted import Stub, TensorRef, TorchFile
 from megablip.errors import CheckpointError
 from megablip.records import MASTER, MOMENTS
 
 _OPTIM = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _UNIVERSAL = Path("zero") / "optimizer_state.pt"
-_DAMAGED = "copy the file again, or use another checkpoint"
-
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """The flat elements [start, end) of a parameter, where they lie.
-
-    `places` gives for "fp32", "exp_avg" and "exp_avg_sq" a stored vector and the
-    position of the first element in it.
-    """
-
-    name: str
-    start: int
-    end: int
-    places: dict[str, tuple[TensorRef, int]]
-
-    def values(self, kind: str) -> torch.Tensor:
-        """The elements, mapped from their file."""
-        stored, first = self.places[kind]
-        return stored.flat(first, first + self.end - self.start)
-
-
-@dataclass(frozen=True)
-class TrainingState:
-    """What a DeepSpeed checkpoint holds of a run, in whichever of its formats.
-
-    Attributes:
-        title: the kind of checkpoint, for messages.
-        step: optimizer steps of the run, skipped ones included.
-        adam_step: updates that Adam has made.
-        shapes: of the trained parameters, by name.
-        ranks: the fragments that each rank saved; together each element once.
-        frozen: shape and fragments ("fp32", whatever their dtype) of parameters that are not trained.
-        buffers: by name.
-        shared: names of tied parameters -> the name under which they are stored.
-        groups: the optimizer's settings (lr, weight_decay, betas, ...) for each parameter group.
-        group_of: number of each trained parameter's group; empty where the checkpoint doesn't tell.
-    """
-
-    folder: Path
-    title: str
-    step: int
-    adam_step: int
-    shapes: dict[str, Shape]
-    ranks: list[list[Fragment]]
-    frozen: dict[str, tuple[Shape, list[Fragment]]]
-    buffers: dict[str, TensorRef]
-    shared: dict[str, str]
-    groups: list[dict[str, Any]]
-    group_of: dict[str, int]
-
-    def fragments(self) -> Iterator[Fragment]:
-        for rank in self.ranks:
-            yield from rank
 
 
 def is_deepspeed(source: Path) -> bool:
@@ -142,38 +94,28 @@ class _ZeroFiles:
         optim = self._rank_files()
         self.world = len(optim)
         self.optim = [TorchFile(path) for path in optim]
-        self.states = [self._get(file, file.content, "optimizer_state_dict", dict) for file in self.optim]
+        self.states = [required(file, file.content, "optimizer_state_dict", dict) for file in self.optim]
         stage = self.states[0].get("zero_stage", 1)  # BF16_Optimizer, ZeRO-1 in bf16, doesn't say
         self.stage = stage.arguments[0] if isinstance(stage, Stub) and stage.arguments else stage
         if self.stage not in (1, 2, 3):
             raise self._error(f"the checkpoint says that it is of ZeRO stage {self.stage}", "1, 2 and 3 are read")
         self._check_world(optim)
-        self.models = [TorchFile(path) for path in self._model_files()]
-        self.model = self.models[0].content
+        self.models = ModelStates(self._model_files(), partitioned=self.stage == 3)
 
     def state(self) -> TrainingState:
-        shapes = [
-            {name: self._shape(name, shape) for name, shape in group.items()}
-            for group in self._get(self.models[0], self.model, "param_shapes", list)
-        ]
-        ranks = self._partitioned(shapes) if self.stage == 3 else self._flat_groups(shapes)
-        groups, group_of = self._groups(shapes)
-        trained = {name: shape for group in shapes for name, shape in group.items()}
-        shared = {str(alias): str(name) for alias, name in (self.model.get("shared_params") or {}).items()}
-        module = self.model.get("module")
-        module = module if isinstance(module, dict) else {}
-        names = self.model.get("buffer_names") or []
-        buffers = {name: module[name] for name in names if isinstance(module.get(name), TensorRef)}
+        models = self.models
+        param_groups = required(self.optim[0], self._inner(0), "param_groups", list)
+        groups, group_of = settings_of_groups(param_groups, models.groups)
         return TrainingState(
             folder=self.folder,
-            title=f"DeepSpeed {self.model.get('ds_version')}, ZeRO-{self.stage}, {self.world} ranks",
-            step=self._same_step(),
+            title=f"DeepSpeed {models.version}, ZeRO-{self.stage}, {self.world} ranks",
+            step=models.step,
             adam_step=self._adam_step(),
-            shapes=trained,
-            ranks=ranks,
-            frozen=self._frozen(trained.keys() | shared.keys() | buffers.keys(), module),
-            buffers=buffers,
-            shared=shared,
+            shapes=models.shapes,
+            ranks=self._partitioned(models.groups) if self.stage == 3 else self._flat_groups(models.groups),
+            frozen=models.frozen(),
+            buffers=models.buffers,
+            shared=models.shared,
             groups=groups,
             group_of=group_of,
         )
@@ -205,7 +147,7 @@ class _ZeroFiles:
             count = state.get("partition_count")
             count = max(count, default=0) if isinstance(count, list) else count
             if not isinstance(count, int) or count < 1:
-                raise self._error(f"{path.name} does not tell the number of ranks", _DAMAGED)
+                raise self._error(f"{path.name} does not tell the number of ranks", DAMAGED)
             if count > self.world:
                 raise self._missing(list(range(self.world, count)))
             if count < self.world:
@@ -232,7 +174,7 @@ class _ZeroFiles:
 
     def _flat_groups(self, shapes: list[dict[str, Shape]]) -> list[list[Fragment]]:
         """ZeRO-1, 2."""
-        masters = [self._get(f, s, "single_partition_of_fp32_groups", list) for f, s in self._ranks()]
+        masters = [required(f, s, "single_partition_of_fp32_groups", list) for f, s in self._ranks()]
         paddings = self.states[0].get("param_alignment_paddings") or [[0] * len(group) for group in shapes]
         ranks: list[list[Fragment]] = [[] for _ in range(self.world)]
         for number, group in enumerate(shapes):
@@ -259,7 +201,7 @@ class _ZeroFiles:
         """ZeRO-3."""
         ranks = []
         for rank, (file, state) in enumerate(self._ranks()):
-            masters = self._get(file, state, "fp32_flat_groups", list)
+            masters = required(file, state, "fp32_flat_groups", list)
             fragments = []
             for number, group in enumerate(shapes):
                 flats, first = self._vectors(rank, masters, number), 0
@@ -294,49 +236,7 @@ class _ZeroFiles:
     def _inner(self, rank: int) -> dict[str, Any]:
         """The state dict of the optimizer inside DeepSpeed's."""
         key = "optimizer_state_dict" if self.stage == 3 else "base_optimizer_state"
-        return self._get(self.optim[rank], self.states[rank], key, dict)
-
-    def _groups(self, shapes: list[dict[str, Shape]]) -> tuple[list[dict[str, Any]], dict[str, int]]:
-        groups = self._get(self.optim[0], self._inner(0), "param_groups", list)
-        group_of = {}
-        for number, group in enumerate(groups):
-            for index in group.get("params", []):
-                if isinstance(index, int) and 0 <= index < len(shapes):
-                    group_of |= dict.fromkeys(shapes[index], number)
-        settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
-        return settings, group_of
-
-    def _frozen(self, others: Any, module: dict[str, Any]) -> dict[str, tuple[Shape, list[Fragment]]]:
-        """Parameters that are not trained; ZeRO-1 keeps them in the module's state dict only."""
-        found: dict[str, tuple[Shape, list[Fragment]]] = {}
-        shapes = self.model.get("frozen_param_shapes") or {}
-        for name, raw in shapes.items():
-            shape, fragments = self._shape(name, raw), []
-            width = -(-math.prod(shape) // len(self.models)) if self.stage == 3 else math.prod(shape)
-            for rank, file in enumerate(self.models):
-                stored = (file.content.get("frozen_param_fragments") or {}).get(name)
-                start, end = (min(edge * width, math.prod(shape)) for edge in (rank, rank + 1))
-                if not isinstance(stored, TensorRef) or stored.numel < end - start:
-                    raise CheckpointError(f"{name} is not whole", where=str(file.path), remedy=_DAMAGED)
-                if end > start:
-                    fragments.append(Fragment(name, start, end, {MASTER: (stored, 0)}))
-            found[name] = (shape, fragments)
-        if self.stage != 3:
-            for name, value in module.items():
-                if name not in others and name not in found and isinstance(value, TensorRef):
-                    found[name] = (value.shape, [Fragment(name, 0, value.numel, {MASTER: (value, 0)})])
-        return found
-
-    def _same_step(self) -> int:
-        """The step, which must be one and the same in all files that tell it."""
-        steps = {file.path.name: file.content.get("global_steps") for file in self.models}
-        if len(set(steps.values())) > 1:
-            name, step = next((name, step) for name, step in steps.items() if step != self.model["global_steps"])
-            raise self._mixed(f"{name} is of step {step}, that of rank 0 of step {self.model['global_steps']}")
-        step = self.model.get("global_steps")
-        if not isinstance(step, int) or step < 0:
-            raise CheckpointError("the file does not tell the step", where=str(self.models[0].path), remedy=_DAMAGED)
-        return step
+        return required(self.optim[rank], self.states[rank], key, dict)
 
     def _adam_step(self) -> int:
         steps = {}
@@ -347,7 +247,7 @@ class _ZeroFiles:
                     steps.setdefault(scalar(source["step"]), file.path.name)
         if len(steps) > 1:
             (one, its), (other, name) = list(steps.items())[:2]
-            raise self._mixed(f"{name} has made {other} updates, {its} {one}")
+            raise mixed_steps(self.folder, f"{name} has made {other:g} updates, {its} {one:g}")
         if not steps:
             raise self._error("the optimizer's step is not in the files", "only Adam's state is read")
         return int(next(iter(steps)))
@@ -355,7 +255,7 @@ class _ZeroFiles:
     def _check_mapping(self, rank: int, fragments: list[Fragment]) -> None:
         """DeepSpeed's own account of a rank's vectors must agree with what `param_shapes` tells."""
         mapping = self.states[rank].get("param_slice_mappings")
-        zero = (self.model.get("ds_config") or {}).get("zero_optimization") or {}
+        zero = self.models.ds_config.get("zero_optimization") or {}
         if not mapping or zero.get("round_robin_gradients"):  # with that, DeepSpeed's account is wrong (0.19.8)
             return
         told = {
@@ -380,26 +280,11 @@ class _ZeroFiles:
                     raise CheckpointError(
                         f"the {kind} of {fragment.name} is not whole: its vector has {stored.numel} elements",
                         where=str(self.optim[rank].path),
-                        remedy=_DAMAGED,
+                        remedy=DAMAGED,
                     )
 
     def _ranks(self) -> Iterator[tuple[TorchFile, dict[str, Any]]]:
         yield from zip(self.optim, self.states, strict=True)
-
-    def _get(self, file: TorchFile, content: Any, key: str, kind: type) -> Any:
-        value = content.get(key) if isinstance(content, dict) else None
-        if not isinstance(value, kind):
-            raise CheckpointError(
-                f"the file has no {key} as DeepSpeed writes it",
-                where=str(file.path),
-                remedy="it is no ZeRO checkpoint, or made by a version or a setting (elastic) that is not read",
-            )
-        return value
-
-    def _shape(self, name: Any, shape: Any) -> Shape:
-        if not isinstance(name, str) or not isinstance(shape, tuple):
-            raise self._error(f"the shape of {name} is not told", _DAMAGED)
-        return shape
 
     def _another_shape(self, number: int, wanted: int, found: int) -> CheckpointError:
         return self._error(
@@ -413,15 +298,5 @@ class _ZeroFiles:
             "copy the files of all ranks into the folder; each node may have kept its own",
         )
 
-    def _mixed(self, what: str) -> CheckpointError:
-        return self._error(f"files of different steps are mixed: {what}", "use files of one checkpoint")
-
     def _error(self, what: str, remedy: str) -> CheckpointError:
         return CheckpointError(what, where=str(self.folder), remedy=remedy)
-
-
-def scalar(value: Any) -> float:
-    """A number, stored as such or as a tensor of one element; NaN for anything else."""
-    if isinstance(value, TensorRef) and value.numel == 1:
-        return value.flat().item()
-    return value if isinstance(value, int | float) else math.nan

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from megablip.checkpoint.deepspeed_files import Fragment, TrainingState, read_zero
+from megablip.checkpoint.deepspeed_files import read_zero
+from megablip.checkpoint.deepspeed_state import Fragment, TrainingState
 from megablip.checkpoint.export import ExportReader
 from megablip.checkpoint.writer import CHUNK, ShardWriter, new_folder, precision
 from megablip.errors import CheckpointError
@@ -19,40 +20,32 @@ MODEL_FILES = (".json", ".model", ".jinja")
 
 
 class DeepSpeedWeights:
-    """Masters, frozen parameters and buffers by the names of the model's state dict; a TensorSource.
+    """Masters, frozen parameters and buffers by the names of the model's state dict; a TensorSource."""
 
-    Args:
-        strip_prefix: what the names begin with there and not here, for example "module.".
-    """
-
-    def __init__(self, state: TrainingState, strip_prefix: str = ""):
+    def __init__(self, state: TrainingState):
         self.where = state.folder
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, torch.dtype] = {}
+        self.shapes: dict[str, tuple[int, ...]] = dict(state.shapes)
+        self.buffers = set(state.buffers)
         self.aliases: set[str] = set()
         """Second names of tied parameters."""
         self._fragments: dict[str, list[Fragment]] = {name: [] for name in state.shapes}
         for fragment in state.fragments():
             self._fragments[fragment.name].append(fragment)
-        shapes = dict(state.shapes)
         for name, (shape, fragments) in state.frozen.items():
-            shapes[name], self._fragments[name] = shape, fragments
+            self.shapes[name], self._fragments[name] = shape, fragments
         for name, buffer in state.buffers.items():
-            shapes[name] = buffer.shape
+            self.shapes[name] = buffer.shape
             self._fragments[name] = [Fragment(name, 0, buffer.numel, {MASTER: (buffer, 0)})]
         for alias, name in state.shared.items():
             if name in self._fragments:
-                shapes[alias], self._fragments[alias] = shapes[name], self._fragments[name]
-                self.aliases.add(alias.removeprefix(strip_prefix))
-        self.buffers = {name.removeprefix(strip_prefix) for name in state.buffers}
-        self._fragments = {
-            name.removeprefix(strip_prefix): sorted(fragments, key=lambda fragment: fragment.start)
+                self.shapes[alias], self._fragments[alias] = self.shapes[name], self._fragments[name]
+                self.aliases.add(alias)
+        for fragments in self._fragments.values():
+            fragments.sort(key=lambda fragment: fragment.start)
+        self.dtypes = {
+            name: fragments[0].places[MASTER][0].dtype if fragments else torch.float32
             for name, fragments in self._fragments.items()
         }
-        for name, shape in shapes.items():
-            fragments = self._fragments[short := name.removeprefix(strip_prefix)]
-            self.shapes[short] = shape
-            self.dtypes[short] = fragments[0].places[MASTER][0].dtype if fragments else torch.float32
 
     def pieces(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
         """First element and values of each stored stretch of a tensor, in order."""
@@ -87,7 +80,7 @@ def zero_files_to_hf(
         ConfigError: unknown dtype, or `output` exists.
     """
     torch_dtype = precision(dtype)
-    weights = DeepSpeedWeights(read_zero(source), strip_prefix)
+    weights = DeepSpeedWeights(read_zero(source).without_prefix(strip_prefix))
     base = ExportReader(like) if like else None
     shapes = dict(weights.shapes)
     if base:

@@ -8,11 +8,16 @@ takes what it needs from whichever files have it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Iterable
+import os
+import struct
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -20,10 +25,11 @@ from safetensors.torch import save_file
 
 from megablip.checkpoint.tensors import TensorFile
 from megablip.errors import CheckpointError
-from megablip.records import MASTER, LocalSlice
+from megablip.records import MASTER, MOMENTS, LocalSlice
 
 _HEADER_KEY = "megablip.slices"
 _RNG = "rng"
+_STRETCH = 1 << 20  # elements that are hashed and written at once
 
 
 def write_slices(path: Path, slices: Iterable[LocalSlice], rng: dict[str, torch.Tensor]) -> None:
@@ -42,6 +48,45 @@ def write_slices(path: Path, slices: Iterable[LocalSlice], rng: dict[str, torch.
         save_file(tensors, path, metadata={_HEADER_KEY: json.dumps(extents)})
     except SafetensorError as error:
         raise OSError(str(error)) from error
+
+
+def stream_slices(path: Path, slices: list[LocalSlice], advance: Callable[[int], None]) -> str:
+    """Write a rank's file of slices that lie in other files, a stretch at a time; its SHA-256.
+
+    Args:
+        slices: their tensors may be views of mapped files, and of any floating dtype.
+        advance: told of each stretch's bytes.
+
+    Raises:
+        OSError: the file can't be written.
+    """
+    extents = {piece.name: {"shape": piece.shape, "start": piece.start, "end": piece.end} for piece in slices}
+    header: dict[str, Any] = {"__metadata__": {_HEADER_KEY: json.dumps(extents)}}
+    order = [(piece, kind) for kind in (MASTER, *MOMENTS) for piece in slices]  # as they lie in DeepSpeed's files
+    end = 0
+    for piece, kind in order:
+        begin, end = end, end + 4 * (piece.end - piece.start)
+        shape = [piece.end - piece.start]
+        header[f"{piece.name}|{kind}"] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with path.open("wb", buffering=0) as file:
+        for data in chain([struct.pack("<Q", len(text)), text], _stretches(order)):
+            digest.update(data)
+            view = memoryview(data)
+            while view:
+                view = view[file.write(view) :]
+            advance(len(data))
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def _stretches(order: list[tuple[LocalSlice, str]]) -> Iterator[memoryview]:
+    for piece, kind in order:
+        for start in range(0, piece.end - piece.start, _STRETCH):
+            values = piece.tensors[kind][start : start + _STRETCH].float()
+            yield memoryview(values.view(torch.uint8).numpy())
 
 
 @dataclass

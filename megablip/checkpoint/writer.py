@@ -125,7 +125,7 @@ class ShardWriter:
         self._syncs = ThreadPoolExecutor(1, thread_name_prefix="sync")
         self._sync: Future | None = None
         self._unsynced_bytes = 0
-        self._progress = _progress_bar()
+        self._progress = progress_bar()
         self._task = self._progress.add_task(title, total=self.total_bytes)
         self._open_files(shards, shapes, dtypes, sizes)
 
@@ -291,7 +291,8 @@ def _sync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def _progress_bar() -> Progress:
+def progress_bar() -> Progress:
+    """Bytes, speed and the time that is left."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

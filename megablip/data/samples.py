@@ -203,6 +203,24 @@ def plan(setup: Setup, reader: SampleReader) -> Iterator[tuple[PlannedSequence, 
                 skipped.clear()
 
 
+def untouched_states(setup: Setup, step: int) -> dict[int, np.ndarray]:
+    """The states of the lanes of a run that stands at `step` and has drawn none of its data yet.
+
+    Raises:
+        ShardError: a shard can't be used.
+    """
+    sources = open_sources(setup.data, setup.shards)
+    orders = [_order(setup, config, source) for config, source in zip(setup.data.sources, sources, strict=True)]
+    states = {}
+    for lane in setup.lane_states:
+        planner = LanePlanner(
+            lane, setup.data, setup.seed, setup.sequences_per_lane, orders, measure=None, epochs=setup.epochs
+        )
+        planner.index = step * setup.sequences_per_lane
+        states[lane] = planner.state
+    return states
+
+
 def _order(setup: Setup, config: SourceConfig, source: ShardSource) -> SourceOrder | ShardOrder:
     if config.order == "shards":
         return ShardOrder(source.name, len(source.paths), source.count, setup.lanes, setup.seed)

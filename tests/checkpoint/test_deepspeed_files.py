@@ -164,7 +164,7 @@ def test_a_model_folder_gives_names_config_and_what_was_not_saved(saved, tmp_pat
 
 def test_a_prefix_of_the_names_can_be_taken_away(saved):
     state = read_zero(saved / "zero3_fp32")
-    weights = DeepSpeedWeights(state, strip_prefix="adapted.")
+    weights = DeepSpeedWeights(state.without_prefix("adapted."))
     assert {"lora_A.weight", "base.weight", "embed.weight", "tied.weight"} <= weights.shapes.keys()
 
 

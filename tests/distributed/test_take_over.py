@@ -1,0 +1,82 @@
+"""Runs that change hands: from DeepSpeed alone to megablip, and back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from megablip.checkpoint.commit import newest_committed, open_checkpoint
+from megablip.checkpoint.deepspeed_import import read_training_state
+from megablip.checkpoint.slices import SliceReader
+from megablip.records import MASTER, MOMENTS
+from tests.distributed import runs
+from tests.distributed.ranks import run_ranks
+
+STEPS = 3
+ZERO3 = {"stage": 3, "sub_group_size": 9000}
+SETTINGS = {
+    "engine__precision": "fp32",
+    "optimizer__schedule": "constant",
+    "optimizer__warmup": "0 steps",
+    "optimizer__lr_by_part": {"sampler": 0.003},
+    "optimizer__lr": 0.002,
+    "optimizer__weight_decay": 0.3,
+    "optimizer__betas": [0.8, 0.9],
+    "duration": f"{2 * STEPS} steps",
+}
+
+
+def elsewhere(work: Path, folder: Path, strategies: list[dict], world: int) -> list[list[float]]:
+    """Train with DeepSpeed alone; checkpoints in folder/0, folder/1, ...; the losses after them."""
+    recipe = runs.make_recipe(work, **SETTINGS, run_dir=str(folder / "unused"))
+    shutil.copy(recipe, folder / "elsewhere.yaml")
+    found = run_ranks(
+        world, "tests.distributed.elsewhere:train", str(folder / "elsewhere.yaml"), str(folder), strategies, STEPS
+    )
+    return found[0]
+
+
+def take_over(work: Path, source: Path, run_dir: Path, *options: str, check: int | None = 0, **changes):
+    recipe = runs.make_recipe(work, **SETTINGS | {"run_dir": str(run_dir)} | changes)
+    shutil.copy(recipe, run_dir.with_suffix(".yaml"))
+    done = runs.run_python(
+        "-m", "megablip.cli", "convert", "import-zero", str(source), str(run_dir.with_suffix(".yaml")), *options,
+        check=check,
+    )  # fmt: skip
+    return run_dir.with_suffix(".yaml"), done
+
+
+def losses_after(run_dir: Path, step: int) -> list[float]:
+    points = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    points = [point for point in points if "loss" in point]
+    assert [point["step"] for point in points] == list(range(step + 1, step + 1 + len(points)))
+    return [point["loss"] for point in points]
+
+
+def assert_same_state(run_dir: Path, source: Path) -> None:
+    """Every master and moment that was imported is the one in DeepSpeed's files."""
+    reader, state = SliceReader(newest_committed(run_dir)), read_training_state(source)
+    assert reader.shapes == state.shapes
+    for fragment in state.fragments():
+        for kind in (MASTER, *MOMENTS):
+            shape = state.shapes[fragment.name]
+            found = reader.read(fragment.name, kind, shape, fragment.start, fragment.end)
+            assert torch.equal(found, fragment.values(kind)), (fragment.name, kind)
+
+
+def test_a_deepspeed_run_goes_on_here(work, tmp_path):
+    (expected,) = elsewhere(work, tmp_path, [ZERO3], world=2)
+    recipe, done = take_over(work, tmp_path / "0", tmp_path / "run")
+    assert "learning rate of the sampler: 0.003 there, 0.003 next here" in done.stdout
+    assert_same_state(tmp_path / "run", tmp_path / "0")
+    checkpoint = open_checkpoint(newest_committed(tmp_path / "run"))
+    assert checkpoint.step == checkpoint.trainer_state["adam_step"] == STEPS
+    assert {group["lr"] for group in checkpoint.trainer_state["groups"]} == {0.002, 0.003}
+    runs.train(recipe, "engine.ranks=1")
+    found = losses_after(tmp_path / "run", STEPS)
+    assert len(found) == len(expected) == STEPS
+    assert found == pytest.approx(expected, abs=1e-5)
