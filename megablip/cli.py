@@ -74,9 +74,9 @@ def zero_to_hf(
     from megablip.checkpoint.deepspeed_files import is_deepspeed
 
     if is_deepspeed(source):
-        from megablip.checkpoint.deepspeed_weights import zero_files_to_hf
+        from megablip.convert.zero_files import zero_files_to_hf
 
-        zero_files_to_hf(source, output, dtype, like=like, strip_prefix=strip_prefix)
+        zero_files_to_hf(source, output, dtype, like=like, strip_prefix=strip_prefix, remote_code=remote_code)
         return
     if like or strip_prefix:
         raise typer.BadParameter("--like and --strip-prefix are for checkpoints that DeepSpeed saved")
@@ -202,6 +202,17 @@ def import_zero(
     from megablip.take_over import take_over
 
     take_over(source, recipe, overrides or [], tokens=tokens, strip_prefix=strip_prefix, allow_changes=allow_changes)
+
+
+@convert_app.command("export-zero")
+def export_zero(
+    source: Annotated[Path, typer.Argument(help="run directory, or one of its checkpoints")],
+    output: Annotated[Path, typer.Argument(help="folder to write")],
+) -> None:
+    """Turn a checkpoint into DeepSpeed's universal format, with which a run goes on elsewhere."""
+    from megablip.convert.export_zero import export_zero
+
+    export_zero(source, output)
 
 
 @convert_app.command("init")

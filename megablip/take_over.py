@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from transformers.initialization import no_init_weights
 
-from megablip.checkpoint.deepspeed_import import import_zero, read_training_state
 from megablip.config import Config, load_config
+from megablip.convert.import_zero import import_zero, read_training_state
 from megablip.data.loader import setup_of
 from megablip.data.samples import index_sources, untouched_states
 from megablip.launch import prepare_run

@@ -34,3 +34,14 @@ def work(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("work")
     runs.make_start(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def deepspeed_files(tmp_path_factory) -> Path:
+    """Checkpoints that DeepSpeed saved at two ranks: a folder for each of `deepspeed_side.FAST`."""
+    from tests.checkpoint.deepspeed_side import FAST
+    from tests.distributed.ranks import run_ranks
+
+    folder = tmp_path_factory.mktemp("deepspeed")
+    run_ranks(2, "tests.checkpoint.deepspeed_side:write", str(folder), FAST)
+    return folder

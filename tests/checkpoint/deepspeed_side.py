@@ -15,6 +15,12 @@ from megablip.engine.topology import Topology
 
 STEPS = 3  # before the checkpoint
 GROUPS = [{"lr": 1e-3, "weight_decay": 0.1}, {"lr": 3e-3, "weight_decay": 0.0, "betas": (0.8, 0.9)}]
+FAST = [
+    {"name": "zero1_bf16", "stage": 1, "precision": "bf16"},
+    {"name": "zero2_fp32", "stage": 2, "precision": "fp32"},
+    {"name": "zero3_fp32", "stage": 3, "precision": "fp32", "sub_group_size": 60},
+]
+"""Cases that the fast tests share."""
 BASE = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "steps_per_print": 10**9}
 
 

@@ -12,18 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megablip.checkpoint.deepspeed_files import is_deepspeed, read_zero
-from megablip.checkpoint.deepspeed_weights import DeepSpeedWeights, zero_files_to_hf
+from megablip.checkpoint.deepspeed_weights import DeepSpeedWeights
 from megablip.checkpoint.writer import PRECISIONS
+from megablip.convert.zero_files import zero_files_to_hf
 from megablip.errors import CheckpointError, ConfigError
 from megablip.records import MASTER, MOMENTS
-from tests.checkpoint.deepspeed_side import GROUPS, STEPS
+from tests.checkpoint.deepspeed_side import FAST, GROUPS, STEPS
 from tests.distributed.ranks import run_ranks
 
-FAST = [
-    {"name": "zero1_bf16", "stage": 1, "precision": "bf16"},
-    {"name": "zero2_fp32", "stage": 2, "precision": "fp32"},
-    {"name": "zero3_fp32", "stage": 3, "precision": "fp32", "sub_group_size": 60},
-]
 ALL = [
     {"name": f"zero{stage}_{precision}_{size}", "stage": stage, "precision": precision, "sub_group_size": size}
     for stage in (1, 2, 3)
@@ -42,18 +38,10 @@ ALL += [
 WRITE = "tests.checkpoint.deepspeed_side:write"
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """Checkpoints of two ranks."""
-    folder = tmp_path_factory.mktemp("deepspeed")
-    run_ranks(2, WRITE, str(folder), FAST)
-    return folder
-
-
 @pytest.fixture
-def copied(saved, tmp_path):
+def copied(deepspeed_files, tmp_path):
     """One of them, to be damaged."""
-    return Path(shutil.copytree(saved / "zero3_fp32", tmp_path / "copy"))
+    return Path(shutil.copytree(deepspeed_files / "zero3_fp32", tmp_path / "copy"))
 
 
 def check_state(folder):
@@ -96,10 +84,10 @@ def check_export(folder, output, dtype, *, frozen=True):
 
 
 @pytest.mark.parametrize("case", FAST, ids=lambda case: case["name"])
-def test_what_is_read_equals_what_was_gathered(saved, tmp_path, case):
-    check_state(saved / case["name"])
-    check_export(saved / case["name"], tmp_path / "hf", "fp32")
-    check_export(saved / case["name"], tmp_path / "half", "bf16")
+def test_what_is_read_equals_what_was_gathered(deepspeed_files, tmp_path, case):
+    check_state(deepspeed_files / case["name"])
+    check_export(deepspeed_files / case["name"], tmp_path / "hf", "fp32")
+    check_export(deepspeed_files / case["name"], tmp_path / "half", "bf16")
 
 
 @pytest.mark.slow
@@ -117,9 +105,9 @@ def test_every_layout_at_every_world_size(tmp_path, world):
             check_export(folder, tmp_path / "hf" / dtype / case["name"], dtype, frozen=not case.get("exclude_frozen"))
 
 
-def test_the_command_needs_no_deepspeed(saved, tmp_path):
+def test_the_command_needs_no_deepspeed(deepspeed_files, tmp_path):
     program = "import sys; sys.modules['deepspeed'] = None; from megablip.cli import main; main()"
-    arguments = ["convert", "zero-to-hf", saved / "zero3_fp32", tmp_path / "hf", "--dtype", "bf16"]
+    arguments = ["convert", "zero-to-hf", deepspeed_files / "zero3_fp32", tmp_path / "hf", "--dtype", "bf16"]
     subprocess.run([sys.executable, "-c", program, *arguments], check=True)
     assert {value.dtype for value in load_file(tmp_path / "hf" / "model.safetensors").values()} == {
         torch.bfloat16,
@@ -127,25 +115,25 @@ def test_the_command_needs_no_deepspeed(saved, tmp_path):
     }
 
 
-def test_stretches_of_a_tensor_cross_the_ranks_parts(saved):
-    weights = DeepSpeedWeights(read_zero(saved / "zero3_fp32"))
-    whole = load_file(saved / "zero3_fp32" / "expected.safetensors")["middle.weight|fp32"].flatten()
+def test_stretches_of_a_tensor_cross_the_ranks_parts(deepspeed_files):
+    weights = DeepSpeedWeights(read_zero(deepspeed_files / "zero3_fp32"))
+    whole = load_file(deepspeed_files / "zero3_fp32" / "expected.safetensors")["middle.weight|fp32"].flatten()
     for start, end in ((0, 55), (0, 28), (28, 55), (20, 40), (54, 55), (7, 7)):
         assert torch.equal(weights.elements("middle.weight", start, end), whole[start:end])
 
 
-def test_a_model_folder_gives_names_config_and_what_was_not_saved(saved, tmp_path):
+def test_a_model_folder_gives_names_config_and_what_was_not_saved(deepspeed_files, tmp_path):
     like = tmp_path / "like"
     like.mkdir()
-    weights = load_file(saved / "zero3_fp32" / "expected.safetensors")
+    weights = load_file(deepspeed_files / "zero3_fp32" / "expected.safetensors")
     names = {
         key.partition("|")[0]: torch.zeros_like(v) for key, v in weights.items() if key.endswith(("|fp32", "|frozen"))
     }
     del names["tied.weight"]
     save_file(names | {"tower.weight": torch.full((3,), 2.0)}, like / "model.safetensors")
     (like / "config.json").write_text("{}")
-    (like / "notes.txt").write_text("")
-    zero_files_to_hf(saved / "zero3_fp32", tmp_path / "hf", like=like)
+    (like / "notes.md").write_text("")
+    zero_files_to_hf(deepspeed_files / "zero3_fp32", tmp_path / "hf", like=like)
     written = load_file(tmp_path / "hf" / "model.safetensors")
     assert written.keys() == names.keys() | {"tower.weight"}
     assert torch.equal(written["embed.weight"], weights["embed.weight|fp32"])
@@ -155,15 +143,15 @@ def test_a_model_folder_gives_names_config_and_what_was_not_saved(saved, tmp_pat
 
     save_file({name: v for name, v in names.items() if name != "one"}, like / "model.safetensors")
     with pytest.raises(CheckpointError, match="the model has no weight one"):
-        zero_files_to_hf(saved / "zero3_fp32", tmp_path / "other", like=like)
+        zero_files_to_hf(deepspeed_files / "zero3_fp32", tmp_path / "other", like=like)
     save_file(names | {"one": torch.zeros(2)}, like / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"one is \(1,\) in the checkpoint and \(2,\) in the model"):
-        zero_files_to_hf(saved / "zero3_fp32", tmp_path / "other", like=like)
+        zero_files_to_hf(deepspeed_files / "zero3_fp32", tmp_path / "other", like=like)
     assert not (tmp_path / "other").exists()
 
 
-def test_a_prefix_of_the_names_can_be_taken_away(saved):
-    state = read_zero(saved / "zero3_fp32")
+def test_a_prefix_of_the_names_can_be_taken_away(deepspeed_files):
+    state = read_zero(deepspeed_files / "zero3_fp32")
     weights = DeepSpeedWeights(state.without_prefix("adapted."))
     assert {"lora_A.weight", "base.weight", "embed.weight", "tied.weight"} <= weights.shapes.keys()
 
@@ -262,8 +250,8 @@ def test_files_that_do_not_belong_together_are_refused(copied, tmp_path, damage,
     assert not list(tmp_path.glob("hf*"))
 
 
-def test_model_states_of_another_model_are_noticed_in_zero_2(saved, tmp_path):
-    folder = Path(shutil.copytree(saved / "zero2_fp32", tmp_path / "copy"))
+def test_model_states_of_another_model_are_noticed_in_zero_2(deepspeed_files, tmp_path):
+    folder = Path(shutil.copytree(deepspeed_files / "zero2_fp32", tmp_path / "copy"))
 
     def swap(content):
         shapes = content["param_shapes"][0]
@@ -274,14 +262,14 @@ def test_model_states_of_another_model_are_noticed_in_zero_2(saved, tmp_path):
         read_zero(folder)
 
 
-def test_a_dtype_that_is_unknown_is_refused(saved, tmp_path):
+def test_a_dtype_that_is_unknown_is_refused(deepspeed_files, tmp_path):
     with pytest.raises(ConfigError, match="unknown dtype"):
-        zero_files_to_hf(saved / "zero3_fp32", tmp_path / "hf", "int8")
+        zero_files_to_hf(deepspeed_files / "zero3_fp32", tmp_path / "hf", "int8")
 
 
-def test_a_folder_is_told_to_be_deepspeeds(saved, tmp_path):
-    assert is_deepspeed(saved / "zero3_fp32")
-    assert is_deepspeed(saved / "zero3_fp32" / "step")
+def test_a_folder_is_told_to_be_deepspeeds(deepspeed_files, tmp_path):
+    assert is_deepspeed(deepspeed_files / "zero3_fp32")
+    assert is_deepspeed(deepspeed_files / "zero3_fp32" / "step")
     (tmp_path / "step_00000001").mkdir()
     (tmp_path / "step_00000001" / "COMMITTED").write_text("")
     (tmp_path / "latest").write_text("step_00000001")

@@ -22,12 +22,25 @@ def train(topology: Topology, recipe: str, folder: str, strategies: list[dict[st
     return [_train(topology, config, Path(folder) / str(n), zero, steps) for n, zero in enumerate(strategies)]
 
 
-def go_on(topology: Topology, recipe: str, folder: str, zero: dict[str, Any], steps: int) -> list[float]:
-    """Steps from the data's beginning, of an engine that has loaded DeepSpeed's universal format."""
+def go_on(
+    topology: Topology, recipe: str, folder: str, strategies: list[dict[str, Any]], steps: int
+) -> list[list[float]]:
+    """For each ZeRO config, steps from the data's beginning of an engine that has loaded the universal format."""
     config = load_config(recipe)
+    return [_go_on(topology, config, folder, zero, steps) for zero in strategies]
+
+
+def _go_on(topology: Topology, config: Config, folder: str, zero: dict[str, Any], steps: int) -> list[float]:
     engine = _engine(config, topology, zero, {"checkpoint": {"load_universal": True}})
-    path, _ = engine.load_checkpoint(folder, load_lr_scheduler_states=False)
+    before = [{"lr": group["lr"], "weight_decay": group["weight_decay"]} for group in engine.optimizer.param_groups]
+    for group in engine.optimizer.param_groups:
+        group["lr"] = group["weight_decay"] = 0.0
+    path, _ = engine.load_checkpoint(folder)
     assert path
+    after = [{"lr": group["lr"], "weight_decay": group["weight_decay"]} for group in engine.optimizer.param_groups]
+    assert zero["stage"] == 3 or after == before
+    for group, settings in zip(engine.optimizer.param_groups, before, strict=True):
+        group.update(settings)  # under ZeRO-3 DeepSpeed gives all groups the settings of the first one
     return _steps(topology, config, engine, steps)
 
 
@@ -44,17 +57,12 @@ def _engine(config: Config, topology: Topology, zero: dict[str, Any], more: dict
     for name, p in model.named_parameters():
         p.data.copy_(export.read(name, "fp32", tuple(p.shape), 0, p.numel()).view(p.shape))
     model.train()
-    optimizer, groups = config.optimizer, []
-    for part in ("sampler", "decoder"):
-        for decays in (True, False):
-            # The rule, written down once more.
-            chosen = [
-                p
-                for n, p in model.named_parameters()
-                if n.startswith(f"{part}.") and decays == (p.dim() > 1 and "embed" not in n and "latents" not in n)
-            ]
-            lr = optimizer.lr_by_part.get(part, optimizer.lr)
-            groups.append({"params": chosen, "lr": lr, "weight_decay": optimizer.weight_decay if decays else 0.0})
+    optimizer, chosen = config.optimizer, {}
+    for name, p in model.named_parameters():
+        # The rule of decay, written down once more.
+        decays = p.dim() > 1 and "embed" not in name and "latents" not in name
+        chosen.setdefault((name.partition(".")[0], decays), []).append(p)
+    groups = [{"params": params, **_settings(config, *key)} for key, params in chosen.items()]
     ds_config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": micro_batches_per_step(config, topology.world),
@@ -66,6 +74,14 @@ def _engine(config: Config, topology: Topology, zero: dict[str, Any], more: dict
     adamw = torch.optim.AdamW(groups, betas=optimizer.betas, eps=optimizer.eps)
     engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=ds_config | more, dist_init_required=False)
     return engine
+
+
+def _settings(config: Config, part: str, decays: bool) -> dict[str, float]:
+    optimizer = config.optimizer
+    return {
+        "lr": optimizer.lr_by_part.get(part, optimizer.lr),
+        "weight_decay": optimizer.weight_decay if decays else 0.0,
+    }
 
 
 def _steps(topology: Topology, config: Config, engine: Any, steps: int) -> list[float]:

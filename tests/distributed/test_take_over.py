@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import pytest
 import torch
 
 from megablip.checkpoint.commit import newest_committed, open_checkpoint
-from megablip.checkpoint.deepspeed_import import read_training_state
 from megablip.checkpoint.slices import SliceReader
+from megablip.convert.import_zero import read_training_state
 from megablip.records import MASTER, MOMENTS
 from tests.distributed import runs
 from tests.distributed.ranks import run_ranks
@@ -80,3 +81,31 @@ def test_a_deepspeed_run_goes_on_here(work, tmp_path):
     found = losses_after(tmp_path / "run", STEPS)
     assert len(found) == len(expected) == STEPS
     assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_run_of_ours_goes_on_with_deepspeed_alone(work, tmp_path):
+    recipe = runs.make_recipe(work, **SETTINGS | {"run_dir": str(tmp_path / "run")})
+    runs.train(recipe, f"stop_after_steps={STEPS}", "engine.ranks=2", check=75)
+    shutil.copy(recipe, tmp_path / "recipe.yaml")
+    runs.run_python("-m", "megablip.cli", "convert", "export-zero", str(tmp_path / "run"), str(tmp_path / "universal"))
+    # The data begin anew there, as they do in a run that is taken over.
+    take_over(work, tmp_path / "universal", tmp_path / "back")
+    source = newest_committed(tmp_path / "run")
+    ours, back = SliceReader(source), SliceReader(newest_committed(tmp_path / "back"))
+    assert ours.shapes == back.shapes
+    for name, shape in ours.shapes.items():
+        for kind in (MASTER, *MOMENTS):
+            one, other = (reader.read(name, kind, shape, 0, math.prod(shape)) for reader in (ours, back))
+            assert torch.equal(one, other)
+    runs.train(tmp_path / "back.yaml", "engine.ranks=1")
+    expected = losses_after(tmp_path / "back", STEPS)
+    for zero in ({"stage": 2}, {"stage": 1}):
+        found = run_ranks(
+            2,
+            "tests.distributed.elsewhere:go_on",
+            str(tmp_path / "recipe.yaml"),
+            str(tmp_path / "universal"),
+            zero,
+            STEPS,
+        )[0]
+        assert found == pytest.approx(expected, abs=1e-5)

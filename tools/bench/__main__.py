@@ -25,6 +25,7 @@ BENCHES = {
     "order": "the order of a billion samples: time and memory, even coverage, a lane's state",
     "loader": "decoding, and images a second from shards to micro-batches, beside webdataset and Megatron-Energon",
     "engine": "a run at the demo's size: loop overhead, time to the first step; what a save holds up",
+    "convert": "DeepSpeed's files to weights and to a state to go on from, beside DeepSpeed's own tools",
 }
 
 
