@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from transformers.initialization import no_init_weights
 
+from megablip.checkpoint.deepspeed_files import read_zero
 from megablip.config import Config, load_config
-from megablip.convert.import_zero import import_zero, read_training_state
+from megablip.convert.import_zero import import_zero
 from megablip.data.loader import setup_of
 from megablip.data.samples import index_sources, untouched_states
 from megablip.launch import prepare_run
@@ -32,7 +33,7 @@ def take_over(
         CheckpointError: the checkpoint is none, or of another model.
     """
     config = load_config(recipe, overrides)
-    state = read_training_state(source, strip_prefix)
+    state = read_zero(source).without_prefix(strip_prefix)
     prepare_run(config)
     index_sources(config.data)
     model_config = Blip3Config.of_run(config.model)

@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +37,19 @@ from megablip.checkpoint.deepspeed_state import (
     scalar,
     settings_of_groups,
 )
+from megablip.checkpoint.deepspeed_universal import OPTIMIZER_STATE, read_universal
 from megablip.checkpoint.restricted import Stub, TensorRef, TorchFile
 from megablip.errors import CheckpointError
 from megablip.records import MASTER, MOMENTS
 
 _OPTIM = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
-_UNIVERSAL = Path("zero") / "optimizer_state.pt"
+_LATEST = ("latest", "latest_universal")
 
 
 def is_deepspeed(source: Path) -> bool:
     """Whether a folder is, or by its `latest` leads to, a checkpoint that DeepSpeed saved."""
     is_ours = any(source.glob("step_*/COMMITTED"))  # its folder has a `latest`, too
-    return _is_tag(source) or ((source / "latest").is_file() and not is_ours)
+    return _is_tag(source) or (any((source / name).is_file() for name in _LATEST) and not is_ours)
 
 
 def tag_folder(source: Path) -> Path:
@@ -58,10 +60,10 @@ def tag_folder(source: Path) -> Path:
     """
     if _is_tag(source):
         return source
-    try:
-        tag = (source / "latest").read_text().strip()
-    except (OSError, UnicodeDecodeError):
-        tag = ""
+    tag = ""
+    for name in reversed(_LATEST):
+        with suppress(OSError, UnicodeDecodeError):
+            tag = (source / name).read_text().strip()
     folder = source / tag
     if not tag or Path(tag).name != tag or not _is_tag(folder):
         raise CheckpointError(
@@ -73,17 +75,18 @@ def tag_folder(source: Path) -> Path:
 
 
 def read_zero(source: Path) -> TrainingState:
-    """Read a ZeRO-1, 2 or 3 checkpoint; its tensors stay on disk.
+    """Read a ZeRO-1, 2 or 3 checkpoint, or one in universal format; its tensors stay on disk.
 
     Raises:
         CheckpointError: no such checkpoint, a rank's file is missing, damaged or of
             another run, or what it holds can't be used here.
     """
-    return _ZeroFiles(tag_folder(source)).state()
+    folder = tag_folder(source)
+    return read_universal(folder) if (folder / OPTIMIZER_STATE).is_file() else _ZeroFiles(folder).state()
 
 
 def _is_tag(folder: Path) -> bool:
-    return any(folder.glob("*_optim_states.pt")) or (folder / _UNIVERSAL).is_file()
+    return any(folder.glob("*_optim_states.pt")) or (folder / OPTIMIZER_STATE).is_file()
 
 
 class _ZeroFiles:

@@ -13,9 +13,7 @@ import numpy as np
 import torch
 
 from megablip.checkpoint.commit import CheckpointStore, committed
-from megablip.checkpoint.deepspeed_files import read_zero, tag_folder
 from megablip.checkpoint.deepspeed_state import Shape, TrainingState
-from megablip.checkpoint.deepspeed_universal import OPTIMIZER_STATE, read_universal
 from megablip.checkpoint.export import ExportReader
 from megablip.checkpoint.slices import stream_slices
 from megablip.checkpoint.writer import progress_bar
@@ -29,20 +27,6 @@ from megablip.records import MASTER, MOMENTS, LocalSlice
 
 _COMPARED = 1 << 20  # elements at once
 _SETTINGS = ("weight_decay", "betas", "eps")
-
-
-def read_training_state(source: Path, strip_prefix: str = "") -> TrainingState:
-    """Read ZeRO-1, 2 or 3 files, or the universal format; tensors stay on disk.
-
-    Args:
-        strip_prefix: what the names begin with there and not here, for example "module.".
-
-    Raises:
-        CheckpointError: no such checkpoint, or what it holds can't be used here.
-    """
-    folder = tag_folder(source)
-    state = read_universal(folder) if (folder / OPTIMIZER_STATE).exists() else read_zero(folder)
-    return state.without_prefix(strip_prefix)
 
 
 def import_zero(

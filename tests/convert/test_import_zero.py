@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megablip.checkpoint.commit import committed, open_checkpoint
+from megablip.checkpoint.deepspeed_files import read_zero
 from megablip.checkpoint.deepspeed_universal import read_universal
 from megablip.checkpoint.slices import SliceReader
 from megablip.config import parse_config
 from megablip.convert.export_zero import export_zero
-from megablip.convert.import_zero import import_zero, read_training_state
+from megablip.convert.import_zero import import_zero
 from megablip.errors import CheckpointError, ConfigError
 from megablip.records import MASTER, MOMENTS
 from tests.checkpoint.deepspeed_side import STEPS
@@ -65,7 +66,7 @@ def check(folder, state):
 
 @pytest.mark.parametrize("case", ["zero1_bf16", "zero2_fp32", "zero3_fp32"])
 def test_there_and_back_changes_no_element(deepspeed_files, tmp_path, model, case):
-    state = read_training_state(deepspeed_files / case)
+    state = read_zero(deepspeed_files / case)
     if case == "zero1_bf16":  # its frozen weights were rounded
         weights = load_file(model / "model.safetensors")
         save_file({name: value.bfloat16() for name, value in weights.items()}, model / "model.safetensors")
@@ -74,7 +75,7 @@ def test_there_and_back_changes_no_element(deepspeed_files, tmp_path, model, cas
     assert committed(tmp_path / "run" / "checkpoints") == [folder]
     check(folder, state)
     export_zero(folder, tmp_path / "universal")
-    again = read_training_state(tmp_path / "universal")
+    again = read_zero(tmp_path / "universal")
     assert (again.step, again.adam_step, again.shapes) == (STEPS, STEPS, state.shapes)
     assert {group["weight_decay"] for group in again.groups} == {0.0, 0.1}
     second = import_zero(again, config_of(tmp_path / "second", model), again.shapes, LANES)
@@ -95,7 +96,7 @@ def test_what_ds_to_universal_writes_is_read(deepspeed_files, tmp_path, case):
         ds_to_universal.main(ds_to_universal.parse_arguments())
     state, expected = read_universal(output), load_file(source.parent / "expected.safetensors")
     assert (state.step, state.adam_step) == (STEPS, STEPS)
-    assert state.groups == read_training_state(source).groups
+    assert state.groups == read_zero(source).groups
     for fragment in state.fragments():
         for kind in (MASTER, *MOMENTS):
             assert torch.equal(fragment.values(kind), expected[f"{fragment.name}|{kind}"].flatten())
@@ -139,7 +140,7 @@ def _no_frozen(state, model):
     ],
 )
 def test_another_model_or_optimizer_is_refused(deepspeed_files, tmp_path, model, change, reason):
-    state = read_training_state(deepspeed_files / "zero3_fp32")
+    state = read_zero(deepspeed_files / "zero3_fp32")
     arguments = {"trained": state.shapes, "allow_changes": True} | change(state, model)
     with pytest.raises(CheckpointError, match=reason) as caught:
         import_zero(state, config_of(tmp_path / "run", model), lane_states=LANES, **arguments)
@@ -148,7 +149,7 @@ def test_another_model_or_optimizer_is_refused(deepspeed_files, tmp_path, model,
 
 
 def test_a_run_that_has_checkpoints_is_left_alone(deepspeed_files, tmp_path, model):
-    state = read_training_state(deepspeed_files / "zero2_fp32")
+    state = read_zero(deepspeed_files / "zero2_fp32")
     config = config_of(tmp_path / "run", model)
     folder = import_zero(state, config, state.shapes, LANES, allow_changes=True)
     with pytest.raises(ConfigError, match="has checkpoints already"):
@@ -157,7 +158,7 @@ def test_a_run_that_has_checkpoints_is_left_alone(deepspeed_files, tmp_path, mod
 
 
 def test_a_schedule_in_tokens_needs_their_number(deepspeed_files, tmp_path, model):
-    state = read_training_state(deepspeed_files / "zero2_fp32")
+    state = read_zero(deepspeed_files / "zero2_fp32")
     config = config_of(tmp_path / "run", model, warmup="1000 tokens")
     with pytest.raises(ConfigError, match="counts tokens"):
         import_zero(state, config, state.shapes, LANES, allow_changes=True)
@@ -167,7 +168,7 @@ def test_a_schedule_in_tokens_needs_their_number(deepspeed_files, tmp_path, mode
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_an_import_that_fails_leaves_nothing(deepspeed_files, tmp_path, model, monkeypatch, error):
-    state = read_training_state(deepspeed_files / "zero3_fp32")
+    state = read_zero(deepspeed_files / "zero3_fp32")
     calls = []
 
     def fsync(file):
@@ -193,16 +194,16 @@ def test_an_import_that_fails_leaves_nothing(deepspeed_files, tmp_path, model, m
     ],
 )
 def test_a_damaged_universal_checkpoint_is_refused(deepspeed_files, tmp_path, model, damage, reason):
-    state = read_training_state(deepspeed_files / "zero2_fp32")
+    state = read_zero(deepspeed_files / "zero2_fp32")
     folder = import_zero(state, config_of(tmp_path / "run", model), state.shapes, LANES, allow_changes=True)
     export_zero(folder, tmp_path / "universal")
     damage(tmp_path / "universal" / folder.name)
     with pytest.raises(CheckpointError, match=reason):
-        read_training_state(tmp_path / "universal")
+        read_zero(tmp_path / "universal")
 
 
 def test_the_universal_files_are_those_that_torch_loads(deepspeed_files, tmp_path, model):
-    state = read_training_state(deepspeed_files / "zero3_fp32")
+    state = read_zero(deepspeed_files / "zero3_fp32")
     folder = import_zero(state, config_of(tmp_path / "run", model), state.shapes, LANES, allow_changes=True)
     export_zero(folder, tmp_path / "universal")
     expected = load_file(deepspeed_files / "zero3_fp32" / "expected.safetensors")

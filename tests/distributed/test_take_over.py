@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from megablip.checkpoint.commit import newest_committed, open_checkpoint
+from megablip.checkpoint.deepspeed_files import read_zero
 from megablip.checkpoint.slices import SliceReader
-from megablip.convert.import_zero import read_training_state
 from megablip.records import MASTER, MOMENTS
 from tests.distributed import runs
 from tests.distributed.ranks import run_ranks
@@ -60,7 +60,7 @@ def losses_after(run_dir: Path, step: int) -> list[float]:
 
 def assert_same_state(run_dir: Path, source: Path) -> None:
     """Every master and moment that was imported is the one in DeepSpeed's files."""
-    reader, state = SliceReader(newest_committed(run_dir)), read_training_state(source)
+    reader, state = SliceReader(newest_committed(run_dir)), read_zero(source)
     assert reader.shapes == state.shapes
     for fragment in state.fragments():
         for kind in (MASTER, *MOMENTS):
@@ -109,3 +109,17 @@ def test_a_run_of_ours_goes_on_with_deepspeed_alone(work, tmp_path):
             STEPS,
         )[0]
         assert found == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_runs_of_every_stage_go_on_at_every_world_size(work, tmp_path, world):
+    """From ZeRO-1, 2 and 3 at 1, 2 and 4 ranks to each other number of ranks; two minutes each."""
+    strategies = [{"stage": 1}, {"stage": 2}, ZERO3]
+    expected = elsewhere(work, tmp_path, strategies, world)
+    for number, ranks in enumerate({1: (2, 4, 1), 2: (1, 2, 4), 4: (2, 1, 4)}[world]):
+        run_dir = tmp_path / f"run{number}"
+        recipe, _ = take_over(work, tmp_path / str(number), run_dir)
+        assert_same_state(run_dir, tmp_path / str(number))
+        runs.train(recipe, f"engine.ranks={ranks}")
+        assert losses_after(run_dir, STEPS) == pytest.approx(expected[number], abs=1e-5)

@@ -60,12 +60,13 @@ def rival_to_universal(source: Path, output: Path) -> Callable[[], int]:
 def import_zero(source: Path, output: Path) -> Callable[[], int]:
     import numpy as np
 
-    from megablip.convert.import_zero import import_zero, read_training_state
+    from megablip.checkpoint.deepspeed_files import read_zero
+    from megablip.convert.import_zero import import_zero
 
     config = recipe(output, source / "model")
 
     def run() -> int:
-        state = read_training_state(source)
+        state = read_zero(source)
         import_zero(state, config, state.shapes, {0: np.zeros(1, np.int64)}, allow_changes=True)
         return sum(path.stat().st_size for path in (source / "step").glob("*optim_states.pt"))
 
