@@ -69,7 +69,9 @@ def assert_same_state(run_dir: Path, source: Path) -> None:
             assert torch.equal(found, fragment.values(kind)), (fragment.name, kind)
 
 
+@pytest.mark.slow
 def test_a_deepspeed_run_goes_on_here(work, tmp_path):
+    """From ZeRO-3 at two ranks to one; a minute and a half."""
     (expected,) = elsewhere(work, tmp_path, [ZERO3], world=2)
     recipe, done = take_over(work, tmp_path / "0", tmp_path / "run")
     assert "learning rate of the sampler: 0.003 there, 0.003 next here" in done.stdout
@@ -83,7 +85,9 @@ def test_a_deepspeed_run_goes_on_here(work, tmp_path):
     assert found == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_of_ours_goes_on_with_deepspeed_alone(work, tmp_path):
+    """Through export-zero to engines of ZeRO-1, 2 and 3; two minutes."""
     recipe = runs.make_recipe(work, **SETTINGS | {"run_dir": str(tmp_path / "run")})
     runs.train(recipe, f"stop_after_steps={STEPS}", "engine.ranks=2", check=75)
     shutil.copy(recipe, tmp_path / "recipe.yaml")
@@ -99,15 +103,9 @@ def test_a_run_of_ours_goes_on_with_deepspeed_alone(work, tmp_path):
             assert torch.equal(one, other)
     runs.train(tmp_path / "back.yaml", "engine.ranks=1")
     expected = losses_after(tmp_path / "back", STEPS)
-    for zero in ({"stage": 2}, {"stage": 1}):
-        found = run_ranks(
-            2,
-            "tests.distributed.elsewhere:go_on",
-            str(tmp_path / "recipe.yaml"),
-            str(tmp_path / "universal"),
-            zero,
-            STEPS,
-        )[0]
+    arguments = [str(tmp_path / "recipe.yaml"), str(tmp_path / "universal")]
+    strategies = [{"stage": 1}, {"stage": 2}, ZERO3]
+    for found in run_ranks(2, "tests.distributed.elsewhere:go_on", *arguments, strategies, STEPS)[0]:
         assert found == pytest.approx(expected, abs=1e-5)
 
 
