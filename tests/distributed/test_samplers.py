@@ -1,4 +1,4 @@
-"""Each kind of sampler in real runs, with conversations about images. Six minutes on two busy cores."""
+"""Each kind of sampler in real runs, with conversations about images."""
 
 from __future__ import annotations
 
