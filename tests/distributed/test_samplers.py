@@ -12,9 +12,9 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText
 
 from megablip.metrics.board import read_metrics
+from megablip.model.blip3 import Blip3ForConditionalGeneration
 from megablip.model.samplers import SAMPLERS
 from tests.data.builders import write_tar
 from tests.distributed import runs
@@ -96,7 +96,7 @@ def test_two_ranks_train_as_one_and_as_a_run_that_stopped(chats, kind):
     began, written = load_file(chats / kind / "model.safetensors"), load_file(export / "model.safetensors")
     moved = {name for name, value in written.items() if not torch.equal(value, began[name])}
     assert {name.split(".")[0] for name in moved} == {"sampler", "decoder"}
-    loaded = AutoModelForImageTextToText.from_pretrained(export)
+    loaded = Blip3ForConditionalGeneration.from_pretrained(export)
     assert loaded.config.sampler["kind"] == kind
     for name, value in loaded.state_dict().items():
         assert torch.equal(value, written[name]), name
