@@ -81,7 +81,7 @@ from megablip.config import load_config
 from megablip.evaluate.report import write_report
 from pathlib import Path
 recipe = load_config(files("megablip") / "recipes" / "mini" / "pretrain.yaml")
-write_report(Path("report.html"), title="title", metrics=[], by_length={}, pictures=[])
+write_report(Path("report.html"), title="title", metrics=[], group="kind", groups={}, pictures=[])
 ds_config = files("megablip") / "ds_configs" / f"{recipe.engine.ds_config}.json"
 print(json.dumps({"file": megablip.__file__, "stage": recipe.stage, "ds_config": json.loads(ds_config.read_text())}))
 """

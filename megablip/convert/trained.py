@@ -16,6 +16,7 @@ from megablip.checkpoint.export import VISION_TOWER, ExportReader
 from megablip.checkpoint.slices import SliceReader
 from megablip.checkpoint.tensors import TensorSource
 from megablip.config import ModelConfig
+from megablip.convert.folders import read_json
 from megablip.convert.lora import Adapter, Merged
 from megablip.convert.sources import Joined
 from megablip.errors import CheckpointError
@@ -70,9 +71,9 @@ class TrainedModel:
                 where=str(self.start.where),
                 remedy="restore the folder; its hash stands in trainer_state.json",
             )
-        now = json.loads((self.start.folder / "config.json").read_text(encoding="utf-8"))["sampler"]
-        began = json.loads(self.base["sampler"])
-        if now != began:
+        now = read_json(self.start.folder / "config.json").get("sampler")
+        began = json.loads(self.base.get("sampler", "null"))
+        if began is not None and now != began:
             raise CheckpointError(
                 f"the model's sampler is {now}, and this run trained {began}",
                 where=str(self.start.where),
