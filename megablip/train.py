@@ -121,8 +121,10 @@ def run(config: Config, topology: Topology, guard: Guard, stop: StopSignal, cloc
         trainer = Trainer(
             config, topology, engine, tower, objective, loader, saver, progress, recorder, stop, guard, health, say
         )
-        outcome = trainer.train()
-    recorder.close()
+        try:
+            outcome = trainer.train()
+        finally:
+            recorder.close()
     if topology.is_first:
         RunStatus(run_dir).update(outcome=outcome, last_step=progress.step)
     guard.close()

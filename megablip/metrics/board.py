@@ -36,7 +36,8 @@ class Board:
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(point) + "\n" for point in kept))
         os.replace(temporary, path)  # a full disk must not cost the curve so far
-        self._stream = path.open("a", buffering=1)
+        self._stream = path.open("ab", buffering=0)
+        self._unwritten = b""  # what a full disk has not taken yet
         self._warned = False
         self._tensorboard.add_text("config", f"```yaml\n{config}```", start_step)
         self._tensorboard.add_custom_scalars(custom_scalars(without_charts))
@@ -44,10 +45,12 @@ class Board:
     def write(self, step: int, scalars: dict[str, float], **words: str) -> None:
         """One point of each scalar; `words` go to metrics.jsonl alone.
 
-        A full disk is reported once and does not stop the run.
+        A full disk is reported once and does not stop the run; the points of
+        metrics.jsonl that it refuses are written as soon as it takes them.
         """
+        self._unwritten += json.dumps({"step": step, **scalars, **words}).encode() + b"\n"
         try:
-            self._stream.write(json.dumps({"step": step, **scalars, **words}) + "\n")
+            self._write_points()
             # One event for all: with 60 of them it takes 0.1 ms instead of 2.
             values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
             self._tensorboard.file_writer.add_summary(Summary(value=values), step)
@@ -75,11 +78,16 @@ class Board:
             self._report(error)
 
     def close(self) -> None:
-        for writer in (self._stream, self._tensorboard):
+        for last in (self._write_points, self._stream.close, self._tensorboard.close):
             try:
-                writer.close()
+                last()
             except OSError as error:
                 self._report(error)
+
+    def _write_points(self) -> None:
+        while self._unwritten:
+            written = self._stream.write(self._unwritten)
+            self._unwritten = self._unwritten[written:]
 
     def _report(self, error: OSError) -> None:
         if not self._warned:

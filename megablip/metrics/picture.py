@@ -10,7 +10,8 @@ from itertools import groupby, islice
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from megablip.records import IGNORE_LABEL, MicroBatch
+from megablip.metrics.sums import documents_of_images
+from megablip.records import IGNORE_LABEL, MicroBatch, VisualLayout
 from megablip.tokens import Tokenizer
 
 WIDTH, MARGIN = 1280, 16
@@ -33,7 +34,9 @@ class _Document:
     tiles: np.ndarray  # uint8[t, 3, S, S]
 
 
-def draw_example(micro_batch: MicroBatch, names: Sequence[str], tokenizer: Tokenizer, title: str) -> Image.Image:
+def draw_example(
+    micro_batch: MicroBatch, names: Sequence[str], tokenizer: Tokenizer, layout: VisualLayout, title: str
+) -> Image.Image:
     """A micro-batch as a strip of all its documents, then its first documents one below the other.
 
     Each has a bar of its tokens, coloured by what becomes of them, its text
@@ -43,7 +46,7 @@ def draw_example(micro_batch: MicroBatch, names: Sequence[str], tokenizer: Token
         micro_batch: on the host.
         names: of the sources.
     """
-    documents = _documents(micro_batch, names)
+    documents = _documents(micro_batch, names, layout)
     shown = documents[:MAX_DOCUMENTS]
     texts = [_text(document, tokenizer) for document in shown]
     heights = [
@@ -84,7 +87,7 @@ def draw_example(micro_batch: MicroBatch, names: Sequence[str], tokenizer: Token
     return page
 
 
-def _documents(micro_batch: MicroBatch, names: Sequence[str]) -> list[_Document]:
+def _documents(micro_batch: MicroBatch, names: Sequence[str], layout: VisualLayout) -> list[_Document]:
     visual = np.zeros(len(micro_batch.input_ids), bool)
     visual[micro_batch.visual_token_index.numpy()] = True
     ids, labels = micro_batch.input_ids.numpy(), micro_batch.labels.numpy()
@@ -93,9 +96,7 @@ def _documents(micro_batch: MicroBatch, names: Sequence[str]) -> list[_Document]
     tiles = micro_batch.tiles.numpy()
     tile_documents = np.zeros(0, np.int64)
     if not micro_batch.dummy:
-        per_tile = len(micro_batch.visual_token_index) // len(tiles)
-        first = micro_batch.visual_token_index.numpy()[::per_tile]
-        tile_documents = np.searchsorted(ends, first, side="right")
+        tile_documents = documents_of_images(micro_batch, layout)[micro_batch.tile_to_image.numpy()]
     documents = []
     for number, (end, length) in enumerate(zip(ends, micro_batch.doc_lens, strict=True)):
         source = int(micro_batch.source[number])

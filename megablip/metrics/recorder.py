@@ -164,7 +164,7 @@ class Recorder:
 
     def _show_example(self, batch: StepBatch) -> None:
         title = f"step {self._progress.step + 1}, first micro-batch of the first rank"
-        picture = draw_example(batch.micro_batches[0], self._names, self._tokenizer, title)
+        picture = draw_example(batch.micro_batches[0], self._names, self._tokenizer, self._layout, title)
         self._board.show("packed example", picture, self._progress.step + 1)
 
     def _of_step(self, sums: StepSums, total: StepReport) -> dict[str, float]:

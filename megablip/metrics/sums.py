@@ -68,7 +68,7 @@ class StepSums:
             source = micro_batch.source.numpy()
             lengths = np.array(micro_batch.doc_lens)
             np.add.at(by_source[4], source, lengths)
-            np.add.at(by_source[5], source[_documents_of_images(micro_batch, layout)], 1)
+            np.add.at(by_source[5], source[documents_of_images(micro_batch, layout)], 1)
             facts.micro_batches += 1
             facts.dummies += micro_batch.dummy
             facts.tiles += 0 if micro_batch.dummy else len(micro_batch.tiles)
@@ -143,7 +143,7 @@ def attended_pairs(lengths: np.ndarray, window: int | None = None) -> int:
     return int((full * (full + 1) // 2 + (lengths - full) * window).sum())
 
 
-def _documents_of_images(micro_batch: MicroBatch, layout: VisualLayout) -> np.ndarray:
+def documents_of_images(micro_batch: MicroBatch, layout: VisualLayout) -> np.ndarray:
     """int64[I]: the number of each image's document."""
     first, _ = layout.spans(micro_batch.grid.numpy())
     first_tokens = micro_batch.visual_token_index.numpy()[first]

@@ -41,6 +41,29 @@ def test_points_are_written_in_both_places(tmp_path):
     assert points(tmp_path) == curve(tmp_path) == [(1, 4.0), (2, 3.0)]
 
 
+def test_points_that_a_full_disk_refuses_are_written_later(tmp_path, capsys):
+    board = Board(tmp_path, 0, "seed: 1")
+    stream, calls = board._stream, []
+
+    class Full:
+        close = stream.close
+
+        def write(self, data):
+            calls.append(data)
+            if len(calls) == 1:
+                return stream.write(data[:7])  # the rest of the page
+            if len(calls) < 4:
+                raise OSError(28, "No space left on device")
+            return stream.write(data)
+
+    board._stream = Full()
+    for step in (1, 2, 3):
+        board.write(step, {"loss": float(step)})
+    board.close()
+    assert points(tmp_path) == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert capsys.readouterr().err.count("No space left") == 1
+
+
 def test_a_resumed_run_takes_back_what_came_after_its_checkpoint(tmp_path):
     write(tmp_path, 0, [(1, 4.0), (2, 3.0), (3, 2.0), (4, 1.0)])
     write(tmp_path, 2, [(3, 2.5)])

@@ -8,7 +8,7 @@ import torch
 
 from megablip.metrics import picture
 from megablip.metrics.layout import QUESTIONS
-from tests.model.tiny import make_doc, pack
+from tests.model.tiny import make_doc, pack, tiny_config
 
 
 class Letters:
@@ -17,7 +17,7 @@ class Letters:
 
 
 def draw(docs):
-    return picture.draw_example(pack(docs), ["web"], Letters(), "a title")
+    return picture.draw_example(pack(docs), ["web"], Letters(), tiny_config().layout, "a title")
 
 
 def share(image, colour):
@@ -66,7 +66,7 @@ def test_anything_can_be_drawn(docs):
 def test_a_batch_without_documents_can_be_drawn():
     batch = pack([make_doc(2, [], 0)])
     batch.source = torch.tensor([-1], dtype=torch.int32)
-    assert picture.draw_example(batch, ["web"], Letters(), "t").height > 100
+    assert picture.draw_example(batch, ["web"], Letters(), tiny_config().layout, "t").height > 100
 
 
 def test_the_first_question_comes_first():
