@@ -45,7 +45,7 @@ from megablip.model.blip3 import Blip3Config, Blip3ForConditionalGeneration
 from megablip.model.compiling import compile_blocks
 from megablip.model.decoder import check_attention
 from megablip.model.layout import check_tokenizer
-from megablip.model.lora import add_lora
+from megablip.model.trained import trained_part
 from megablip.model.vision import encode_tiles
 
 
@@ -135,10 +135,7 @@ def run(config: Config, topology: Topology, guard: Guard, stop: StopSignal, cloc
 
 def build_trained(model_config: Blip3Config, config: Config) -> Blip3ForConditionalGeneration:
     """The part of the model that is trained; a frozen tower stays outside the engine."""
-    trained = config.model.train_tower
-    model = Blip3ForConditionalGeneration(model_config, with_vision_tower=trained, train_tower=trained)
-    if config.model.lora:
-        add_lora(model, config.model.lora)
+    model = trained_part(model_config, config.model)
     if config.model.activation_checkpointing:
         # Non-reentrant, for inputs without a gradient are right in it too.
         model.activation_checkpointing_enable({"use_reentrant": False}, config.model.activation_checkpointing)

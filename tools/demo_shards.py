@@ -30,7 +30,7 @@ from megablip.errors import MegablipError
 from tools.canvases import Canvas, augment, draw_line
 from tools.digits import Digits, load_digits
 from tools.folders import complete_folder
-from tools.shard_writer import IndexedShardWriter
+from tools.shard_writer import SAMPLES_PER_SHARD, IndexedShardWriter
 
 # Share of each kind of document. OCR leads: reading is what the demo is judged by.
 KINDS = {"ocr": 0.72, "caption": 0.10, "interleaved": 0.08, "text": 0.10}
@@ -55,7 +55,6 @@ TEST = [
 ]
 
 AUGMENTED_COPIES = 8  # variants of each training digit
-SAMPLES_PER_SHARD = 1000
 JPEG_QUALITY = 95  # encodes 8 times faster than PNG and is a third of its size on noisy paper
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

@@ -25,11 +25,7 @@ import typer
 from rich.progress import Progress
 
 from megablip.errors import ConfigError, MegablipError, SampleError
-from tools.folders import complete_folder
-from tools.shard_writer import IndexedShardWriter
-
-SAMPLES_PER_SHARD = 1000
-MARK = "counts.json"
+from tools.shard_writer import write_counted
 
 app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode=None)
 Source = Annotated[Path, typer.Argument(help="JSON or JSON lines, as published.")]
@@ -123,20 +119,16 @@ def vlguard(source: Source, images: Images, out: Out) -> None:
 def _write(source: Path, images: Path, out: Path, make: Any) -> None:
     counts: Counter[str] = Counter()
     try:
-        with Progress(transient=True) as progress, complete_folder(out, MARK) as folder:
+        with Progress(transient=True) as progress:
             rows = progress.track(read_rows(source), description=source.name)
-            writer = IndexedShardWriter(f"{folder}/{out.name}-%06d.tar", SAMPLES_PER_SHARD)
-            for sample in make(rows, images, counts):
-                writer.write(sample)
-            writer.close()  # after an error the folder is not kept, and needs no index
-            (folder / MARK).write_text(json.dumps(counts, indent=1))
+            line = write_counted(out, make(rows, images, counts), counts)
     except (KeyError, TypeError, AttributeError) as error:
         typer.echo(f"error: a row of {source} lacks {error}", err=True)
         raise typer.Exit(1) from None
     except MegablipError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
-    typer.echo(f"{out}: " + ", ".join(f"{count} {what}" for what, count in sorted(counts.items())))
+    typer.echo(line)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -30,13 +30,10 @@ from megablip.data.shards import ShardSource, expand_shards
 from megablip.errors import MegablipError, SampleError
 from megablip.evaluate.generation import Answerer, Decoding
 from megablip.records import Document, Image
-from tools.folders import complete_folder
-from tools.shard_writer import IndexedShardWriter
+from tools.shard_writer import write_counted
 
 DIFFUSION_STEPS = 1000
-SAMPLES_PER_SHARD = 1000
 SAMPLES_AT_ONCE = 2000  # read, answered and written together, to bound memory
-MARK = "counts.json"
 
 
 def signal_share(step: int) -> float:
@@ -108,18 +105,13 @@ def main(
     """Answer noised images, and write the answers as rejected ones."""
     counts: Counter[str] = Counter()
     try:
-        answerer = Answerer(model)
-        with complete_folder(out, MARK) as folder:
-            writer = IndexedShardWriter(f"{folder}/{out.name}-%06d.tar", SAMPLES_PER_SHARD)
-            decoding = Decoding(max_new_tokens, temperature)
-            for sample in rejected_answers(answerer, shards, step, decoding, seed, counts):
-                writer.write(sample)
-            writer.close()
-            (folder / MARK).write_text(json.dumps(counts, indent=1))
+        decoding = Decoding(max_new_tokens, temperature)
+        samples = rejected_answers(Answerer(model), shards, step, decoding, seed, counts)
+        line = write_counted(out, samples, counts)
     except MegablipError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
-    typer.echo(f"{out}: " + ", ".join(f"{count} {what}" for what, count in sorted(counts.items())))
+    typer.echo(line)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
 import webdataset
 
 from megablip.data.index import build_index, open_shard
+from tools.folders import complete_folder
+
+SAMPLES_PER_SHARD = 1000
 
 
 class IndexedShardWriter(webdataset.ShardWriter):
@@ -23,3 +32,25 @@ class IndexedShardWriter(webdataset.ShardWriter):
 def _index(path: str) -> None:
     with open_shard(path) as file:
         build_index(path, file).close()
+
+
+def write_counted(out: Path, samples: Iterable[dict[str, Any]], counts: Counter[str]) -> str:
+    """Fill the folder `out` with shards and counts.json; it appears (or replaces an earlier one) when it is complete.
+
+    Args:
+        samples: members of each, as webdataset's writer takes them.
+        counts: what `samples` counts while it is read.
+
+    Returns:
+        A line that tells what there is.
+
+    Raises:
+        ConfigError: `out` holds something else.
+    """
+    with complete_folder(out, mark="counts.json") as folder:
+        writer = IndexedShardWriter(f"{folder}/{out.name}-%06d.tar", SAMPLES_PER_SHARD)
+        for sample in samples:
+            writer.write(sample)
+        writer.close()  # after an error the folder is not kept, and needs no index
+        (folder / "counts.json").write_text(json.dumps(counts, indent=1))
+    return f"{out}: " + ", ".join(f"{count} {what}" for what, count in sorted(counts.items()))

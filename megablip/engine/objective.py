@@ -15,7 +15,7 @@ from megablip.engine.symmetry import StepReport
 from megablip.engine.zero import ZeroEngine
 from megablip.model.blip3 import PackedLoss
 from megablip.model.lora import without_adapters
-from megablip.model.preference import PREFERENCE_SUMS, Answers, preference_loss
+from megablip.model.preference import PREFERENCE_SUMS, Answers, divergence_sum, preference_loss
 from megablip.records import MicroBatch
 
 
@@ -66,9 +66,7 @@ class PreferenceObjective:
             Answers.of(side.document_loss, side.document_labels, micro_batch.pair) for side in (losses, base)
         )
         found = preference_loss(policy, reference, self._config)
-        divergence = Answers.of(-losses.document_divergence, losses.document_labels, micro_batch.pair)
-        labels = divergence.chosen_labels + divergence.rejected_labels
-        kl = ((divergence.chosen + divergence.rejected) / labels).sum()
+        kl = divergence_sum(losses.document_divergence, losses.document_labels, micro_batch.pair)
         losses.loss, losses.document_loss = found.loss, losses.document_loss.detach()
         return losses, torch.cat([found.detached(), kl.double().reshape(1)])
 

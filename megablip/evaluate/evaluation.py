@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -28,7 +28,6 @@ from megablip.evaluate.tasks import (
 from megablip.metrics.board import read_metrics
 
 Task = Literal["reading", "conversation", "safety", "shots"]
-TASKS: tuple[Task, ...] = get_args(Task)
 SHOTS = (0, 1, 2, 4, 8)
 GREEDY = Decoding()
 PICTURES = 48  # in the report; wrong answers first

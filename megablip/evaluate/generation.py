@@ -14,8 +14,11 @@ from transformers import AutoModelForImageTextToText
 
 import megablip.model.blip3  # noqa: F401 (registers the model with transformers)
 from megablip.data.encode import Encoder
+from megablip.engine.topology import computes_on_gpu
 from megablip.errors import ConfigError
 from megablip.records import DecodedDocument, Document
+
+BATCH_TOKENS = 16_384  # of the prompts in a batch, padding included
 
 
 @dataclass(frozen=True)
@@ -47,18 +50,17 @@ class Answerer:
 
     Args:
         folder: of the export.
-        batch_tokens: prompt tokens of a batch, padding included.
 
     Raises:
         ConfigError: no model there, or a broken one.
     """
 
-    def __init__(self, folder: Path, *, device: str = "", batch_tokens: int = 16_384):
+    def __init__(self, folder: Path):
         if not (folder / "config.json").exists():
             raise ConfigError(
                 "there is no model", where=str(folder), remedy="export one with `megablip convert zero-to-hf`"
             )
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if computes_on_gpu() else "cpu"
         try:
             dtype = torch.bfloat16 if device == "cuda" else torch.float32
             model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
@@ -68,7 +70,6 @@ class Answerer:
             ) from error
         self.model = model.to(device).eval()
         self.encoder = Encoder(str(folder), model.config.layout)
-        self._batch_tokens = batch_tokens
 
     @torch.no_grad()
     def answer(
@@ -84,7 +85,7 @@ class Answerer:
         tokenizer = self.encoder.tokenizer
         encoded = [self.encoder.encode_prompt(prompt) for prompt in prompts]
         answers = [""] * len(prompts)
-        batches = batches_of([len(document.input_ids) for document in encoded], self._batch_tokens)
+        batches = batches_of([len(document.input_ids) for document in encoded], BATCH_TOKENS)
         for batch in track(batches, title, transient=True):
             rows = [self.encoder.decode(encoded[number], 0) for number in batch]
             inputs = {

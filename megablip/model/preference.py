@@ -32,8 +32,7 @@ class Answers:
         document_labels: [D].
         pair: int[D], the number of a document's pair, -1 if none; the chosen answer of a pair comes first.
         """
-        members = torch.argsort(pair, stable=True)[int((pair < 0).sum()) :]
-        chosen, rejected = members[0::2], members[1::2]
+        chosen, rejected = _members(pair)
         return cls(
             -document_loss.index_select(0, chosen),
             -document_loss.index_select(0, rejected),
@@ -49,6 +48,19 @@ class Answers:
             self.chosen_labels,
             self.rejected_labels,
         )
+
+
+def _members(pair: Tensor) -> tuple[Tensor, Tensor]:
+    """int64[P] each: the documents of the chosen and of the rejected answers, pair by pair."""
+    members = torch.argsort(pair, stable=True)[int((pair < 0).sum()) :]
+    return members[0::2], members[1::2]
+
+
+def divergence_sum(document_divergence: Tensor, document_labels: Tensor, pair: Tensor) -> Tensor:
+    """Of each pair the mean divergence over the labels of both answers; summed over pairs."""
+    chosen, rejected = _members(pair)
+    divergence, labels = (x[chosen] + x[rejected] for x in (document_divergence, document_labels))
+    return (divergence / labels).sum()
 
 
 @dataclass(frozen=True)
@@ -103,5 +115,5 @@ def preference_loss(policy: Answers, reference: Answers, config: PreferenceConfi
         rejected_reward=config.beta * rejected_gain.sum(),
         chosen_log_prob=policy.chosen.sum(),
         rejected_log_prob=policy.rejected.sum(),
-        pairs=torch.full_like(h, 1.0).sum(),
+        pairs=h.new_tensor(len(h)),
     )

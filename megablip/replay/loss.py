@@ -23,8 +23,8 @@ from megablip.config import dump_config
 from megablip.data.collate import collate
 from megablip.engine.topology import computes_on_gpu
 from megablip.errors import MegablipError
-from megablip.model.blip3 import Blip3Config, Blip3ForConditionalGeneration
-from megablip.model.lora import add_lora
+from megablip.model.blip3 import Blip3Config
+from megablip.model.trained import trained_part
 from megablip.model.vision import encode_tiles
 from megablip.records import MASTER
 from megablip.replay.batch import ReplayedStep
@@ -54,14 +54,10 @@ def document_losses(step: ReplayedStep, weights: Path | None) -> list[torch.Tens
         step.checkpoint.check(config, {"model": export.hash(), "tokenizer": tokenizer, "sampler": sampler})
     device = torch.device("cuda" if computes_on_gpu() else "cpu")
     dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
-    trained_tower = config.model.train_tower
     with no_init_weights():
-        model = Blip3ForConditionalGeneration(model_config, with_vision_tower=trained_tower, train_tower=trained_tower)
-        if config.model.lora:
-            add_lora(model, config.model.lora)
-        model.to(device)
+        model = trained_part(model_config, config.model).to(device)
     _load(model, SliceReader(weights) if weights else None, first_weights(export, config.seed), dtype)
-    tower = None if trained_tower else load_tower(export, model_config.vision_config, dtype, device)
+    tower = None if config.model.train_tower else load_tower(export, model_config.vision_config, dtype, device)
     found = []
     for sequence in track(step.sequences, "computing the loss", transient=True):
         micro_batch = collate([sequence.packed], step.layout).to(device)

@@ -10,7 +10,6 @@ digit called unclear, so that honesty does not become the easy way out.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,12 +24,9 @@ from megablip.evaluate.generation import Answerer, Decoding
 from megablip.records import Document, Image, Text
 from tools.canvases import augment
 from tools.digits import load_digits
-from tools.folders import complete_folder
-from tools.miniature.shards import AUGMENTED_COPIES, SAMPLES_PER_SHARD
+from tools.miniature.shards import AUGMENTED_COPIES
 from tools.miniature.tasks import UNCLEAR, Asker, Exchange
-from tools.shard_writer import IndexedShardWriter
-
-MARK = "counts.json"
+from tools.shard_writer import write_counted
 
 
 def rejected(exchange: Exchange, answer: str, rng: np.random.Generator) -> str | None:
@@ -80,17 +76,11 @@ def main(
     """Draw a model's answers and pair them with the truth."""
     counts: Counter[str] = Counter()
     try:
-        answerer = Answerer(model)
-        with complete_folder(out, MARK) as folder:
-            writer = IndexedShardWriter(f"{folder}/pairs-%06d.tar", SAMPLES_PER_SHARD)
-            for sample in make_pairs(answerer, questions, seed, counts):
-                writer.write(sample)
-            writer.close()
-            (folder / MARK).write_text(json.dumps(counts, indent=1))
+        line = write_counted(out, make_pairs(Answerer(model), questions, seed, counts), counts)
     except MegablipError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
-    typer.echo(f"{out}: " + ", ".join(f"{count} {what}" for what, count in sorted(counts.items())))
+    typer.echo(line)
 
 
 if __name__ == "__main__":

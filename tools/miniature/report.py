@@ -18,9 +18,9 @@ from megablip.evaluate.tasks import conversation_questions
 from megablip.metrics.board import read_metrics
 from megablip.pages import write_page
 from tools.folders import complete_folder
+from tools.miniature.chain import STAGES
 from tools.miniature.claims import claims
 
-STAGES = ("pretrain", "sft", "interleave", "dpo", "safety")
 SHOWN = {"read": 4, "stamp": 2, "largest": 2, "several": 3, "smudged": 6, "marked_red": 4, "marked_blue": 3}
 
 

@@ -29,10 +29,9 @@ from tools.digits import Digits, load_digits
 from tools.folders import complete_folder
 from tools.miniature.pictures import STAMPS, Picture, draw
 from tools.miniature.tasks import COLOURS, REFUSAL, UNCLEAR, UNSAFE, Asker, Exchange, spelled
-from tools.shard_writer import IndexedShardWriter
+from tools.shard_writer import SAMPLES_PER_SHARD, IndexedShardWriter
 
 AUGMENTED_COPIES = 8
-SAMPLES_PER_SHARD = 1000
 SHOTS = 9  # image-caption pairs of an interleaved document: eight to show how, one to be asked
 SMUDGED_SHARE = 0.03  # of pre-training pictures, their captions true all the same, as the web's are
 

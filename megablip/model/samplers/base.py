@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -39,7 +40,7 @@ class SamplerFlops:
     of_features: int = 0
 
 
-class Sampler(nn.Module):
+class Sampler(nn.Module, ABC):
     """From a tower's patch features to visual tokens.
 
     A subclass is one entry of `samplers.SAMPLERS`.  Its settings, the keys of the
@@ -64,9 +65,9 @@ class Sampler(nn.Module):
         return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
 
     @classmethod
+    @abstractmethod
     def visual_tokens(cls, settings: Mapping[str, int], patches_per_side: int) -> VisualTokens:
         """How many visual tokens a sampler of these settings makes of an image."""
-        raise NotImplementedError
 
     @classmethod
     def from_config(cls, settings: Mapping[str, int], config: Blip3Config) -> Self:
@@ -81,10 +82,11 @@ class Sampler(nn.Module):
     def init_parameters(self) -> None:
         """Fill the parameters that are its own and no submodule's (transformers' `initialization`)."""
 
+    @abstractmethod
     def flops(self, patches: int) -> SamplerFlops:
         """Of a forward over tiles of so many patches; weights may be partitioned or without storage."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(
         self,
         features: Tensor,
@@ -103,7 +105,6 @@ class Sampler(nn.Module):
         Returns:
             [N or I, K, output_dim].
         """
-        raise NotImplementedError
 
 
 def tiles_of(grids: Sequence[tuple[int, int]]) -> list[int]:
