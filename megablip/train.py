@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from megablip.checkpoint.commit import CheckpointStore
-from megablip.checkpoint.export import ExportReader, check_sampler, first_weights, load_tower, sampler_identity
+from megablip.checkpoint.export import ExportReader, base_of, check_sampler, first_weights, load_tower
 from megablip.checkpoint.saver import Saver
 from megablip.checkpoint.slices import SliceReader
 from megablip.config import Config, load_config
@@ -74,7 +74,7 @@ def run(config: Config, topology: Topology, guard: Guard, stop: StopSignal, cloc
     check_tokenizer(config.model)
     export = ExportReader(config.model.path)
     check_sampler(export, model_config)
-    base = export.hashes(topology) | {"sampler": sampler_identity(model_config)}
+    base = base_of(export, model_config, topology)
     store = CheckpointStore(run_dir / "checkpoints", config.checkpoint.keep, topology)
     checkpoint = store.newest(say) if config.resume == "auto" else None
     progress, lane_states = Progress(), None

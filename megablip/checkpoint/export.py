@@ -90,11 +90,17 @@ class ExportReader:
         """SHA-256 over names and bytes of the weight files."""
         return self._hash({name: file_hash(self.folder / name) for name in self._weight_files})
 
-    def hashes(self, topology: Topology) -> dict[str, str]:
-        """`hash` as "model", and that of the tokenizer as "tokenizer"; ranks share the work (a collective)."""
-        mine = [*self._weight_files, _TOKENIZER][topology.rank :: topology.world]
+    def hashes(self, topology: Topology | None = None) -> dict[str, str]:
+        """`hash` as "model", and that of the tokenizer as "tokenizer".
+
+        Args:
+            topology: of ranks that share the work (a collective); None: this process does it alone.
+        """
+        files = [*self._weight_files, _TOKENIZER]
+        mine = files[topology.rank :: topology.world] if topology else files
+        own = {name: file_hash(self.folder / name) for name in mine}
         found: dict[str, str] = {}
-        for part in topology.gather({name: file_hash(self.folder / name) for name in mine}):
+        for part in topology.gather(own) if topology else [own]:
             found |= part
         return {"model": self._hash(found), "tokenizer": found[_TOKENIZER]}
 
@@ -123,9 +129,15 @@ class ExportReader:
         return self._open[name]
 
 
-def sampler_identity(config: Blip3Config) -> str:
-    """The model's sampler, kind and sizes, as text that is the same where they are."""
-    return json.dumps(config.sampler, sort_keys=True)
+def base_of(export: ExportReader, config: Blip3Config, topology: Topology | None = None) -> dict[str, str]:
+    """What a run begins with, as its checkpoints keep it: hashes of "model" and "tokenizer", and the "sampler".
+
+    The sampler is its kind and sizes, as text that is the same where they are: no hash covers config.json.
+
+    Args:
+        topology: as of `ExportReader.hashes`.
+    """
+    return export.hashes(topology) | {"sampler": json.dumps(config.sampler, sort_keys=True)}
 
 
 def check_sampler(export: ExportReader, config: Blip3Config) -> None:

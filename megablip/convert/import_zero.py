@@ -14,7 +14,7 @@ import torch
 
 from megablip.checkpoint.commit import CheckpointStore, committed
 from megablip.checkpoint.deepspeed_state import Shape, TrainingState
-from megablip.checkpoint.export import ExportReader
+from megablip.checkpoint.export import ExportReader, base_of
 from megablip.checkpoint.slices import stream_slices
 from megablip.checkpoint.writer import progress_bar
 from megablip.config import Config
@@ -22,6 +22,7 @@ from megablip.engine.optimizer import decays, parameter_groups, part_of
 from megablip.engine.progress import Progress
 from megablip.engine.schedule import learning_rates
 from megablip.errors import CheckpointError, ConfigError
+from megablip.model.blip3 import Blip3Config
 from megablip.model.lora import base_name
 from megablip.records import MASTER, MOMENTS, LocalSlice
 
@@ -78,7 +79,7 @@ def import_zero(
         "progress": asdict(progress),
         "adam_step": state.adam_step,
         "groups": _groups(state, config),
-        "base": export.hashes(_Rank(0, 1)),
+        "base": base_of(export, Blip3Config.of_run(config.model)),
         "world": len(state.ranks),
         "sources": [source.name for source in config.data.sources],
         "config": config.model_dump(mode="json", by_alias=True),

@@ -72,8 +72,8 @@ class TrainedModel:
                 remedy="restore the folder; its hash stands in trainer_state.json",
             )
         now = read_json(self.start.folder / "config.json").get("sampler")
-        began = json.loads(self.base.get("sampler", "null"))
-        if began is not None and now != began:
+        began = json.loads(self.base["sampler"])
+        if now != began:
             raise CheckpointError(
                 f"the model's sampler is {now}, and this run trained {began}",
                 where=str(self.start.where),

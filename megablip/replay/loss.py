@@ -17,7 +17,7 @@ from rich.progress import track
 from torch import nn
 from transformers.initialization import no_init_weights
 
-from megablip.checkpoint.export import ExportReader, file_hash, first_weights, load_tower, sampler_identity
+from megablip.checkpoint.export import ExportReader, base_of, first_weights, load_tower
 from megablip.checkpoint.slices import SliceReader
 from megablip.config import dump_config
 from megablip.data.collate import collate
@@ -49,9 +49,7 @@ def document_losses(step: ReplayedStep, weights: Path | None) -> list[torch.Tens
     config, model_config = step.config, Blip3Config.of_run(step.config.model)
     export = ExportReader(config.model.path)
     if step.checkpoint:
-        tokenizer = file_hash(Path(config.model.path) / "tokenizer.json")
-        sampler = sampler_identity(model_config)
-        step.checkpoint.check(config, {"model": export.hash(), "tokenizer": tokenizer, "sampler": sampler})
+        step.checkpoint.check(config, base_of(export, model_config))
     device = torch.device("cuda" if computes_on_gpu() else "cpu")
     dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
     with no_init_weights():

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from megablip.checkpoint.commit import CheckpointStore
-from megablip.checkpoint.export import ExportReader
+from megablip.checkpoint.export import ExportReader, base_of
 from megablip.checkpoint.slices import write_slices
 from megablip.cli import app
 from megablip.config import dump_config, parse_config
@@ -28,7 +28,7 @@ from megablip.records import MASTER, MOMENTS, LocalSlice
 from tests.checkpoint.alone import Alone
 from tests.convert.test_xgenmm import config as reference_config
 from tests.minimal import RECIPE
-from tests.model.tiny import tiny_model
+from tests.model.tiny import tiny_config, tiny_model
 
 STEPS = (3, 5, 8)
 
@@ -52,7 +52,7 @@ def run_dir(tmp_path_factory):
     config = parse_config(RECIPE | {"run_dir": str(folder), "model": {"path": str(start)}}, "test")
     (folder / "config.yaml").write_text(dump_config(config))
     state = {
-        "base": {"model": ExportReader(start).hash(), "tokenizer": "t"},
+        "base": base_of(ExportReader(start), tiny_config()),
         "config": config.model_dump(mode="json", by_alias=True),
         "progress": {"step": 0, "tokens": 12345},
         "world": 1,

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from megablip.checkpoint import writer
 from megablip.checkpoint.commit import CheckpointStore
-from megablip.checkpoint.export import ExportReader, file_hash, first_weights, sampler_identity
+from megablip.checkpoint.export import ExportReader, base_of, file_hash, first_weights
 from megablip.checkpoint.slices import rank_file, write_slices
 from megablip.config import dump_config, parse_config
 from megablip.convert import sources
@@ -64,9 +64,7 @@ def make_run(folder, start, weights, **model):
         LocalSlice(name, tuple(value.shape), 0, value.numel(), {MASTER: value.flatten().clone()})
         for name, value in weights.items()
     ]
-    base = {"model": ExportReader(start).hash(), "tokenizer": "t"}
-    base["sampler"] = sampler_identity(Blip3Config.from_pretrained(start))
-    base["sampler"] = sampler_identity(Blip3Config.from_pretrained(start))
+    base = base_of(ExportReader(start), Blip3Config.from_pretrained(start))
     trainer_state = {"base": base, "config": config.model_dump(mode="json", by_alias=True)}
     CheckpointStore(folder / "checkpoints", 2, Alone()).save(
         3,
