@@ -24,8 +24,10 @@ def export_zero(source: Path, output: Path) -> None:
     An engine with `"checkpoint": {"load_universal": true}` and the same model goes on
     from it with `load_checkpoint(output)`, at any number of ranks and ZeRO stage. Its
     parameter groups must be ours: each part of the model (sampler, decoder, tower, in the
-    order of its parameters), with and without decay. DeepSpeed 0.19 itself gives every
-    group the settings of the first one under ZeRO-3, so set them after loading.
+    order of its parameters), with and without decay. Under ZeRO-3 DeepSpeed 0.19 itself
+    gives every group the settings of the first one, and all sub-groups one and the same
+    `step` tensor, which torch's AdamW then counts up once for each: set the settings, and
+    clone the tensors, after loading (tests/distributed/elsewhere.py does).
     Frozen weights are not among the files; they lie in the folder the run began with.
 
     Args:

@@ -41,6 +41,8 @@ def _go_on(topology: Topology, config: Config, folder: str, zero: dict[str, Any]
     assert zero["stage"] == 3 or after == before
     for group, settings in zip(engine.optimizer.param_groups, before, strict=True):
         group.update(settings)  # under ZeRO-3 DeepSpeed gives all groups the settings of the first one
+    for state in engine.optimizer.optimizer.state.values():
+        state["step"] = state["step"].clone()  # and all sub-groups one tensor, which each then counts up
     return _steps(topology, config, engine, steps)
 
 
