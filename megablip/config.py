@@ -23,7 +23,7 @@ from megablip.errors import ConfigError
 
 # A date that does not exist, a number of 5000 digits or bytes that are no text
 # end in a ValueError, a thousand brackets in a RecursionError.
-_YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
+YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
 
 
 def operational(default: Any = ..., **kwargs: Any) -> Any:
@@ -465,7 +465,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError("the recipe does not exist", where=str(path), remedy="check the path") from None
-    except (OSError, *_YAML_ERRORS) as error:
+    except (OSError, *YAML_ERRORS) as error:
         raise ConfigError(f"the recipe can't be read: {error}", where=str(path)) from None
     if not isinstance(raw, dict):
         raise ConfigError("the recipe is not a mapping of keys to values", where=str(path))
@@ -479,7 +479,7 @@ def parse_config(raw: dict[str, Any], where: str) -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError(_explain(error), where=where) from None
+        raise ConfigError(explain(error, Config), where=where) from None
 
 
 def dump_config(config: Config) -> str:
@@ -534,7 +534,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         raise ConfigError(f"'{override}' is no override", where="command line", remedy="write key.subkey=value")
     try:
         value = yaml.safe_load(text)
-    except _YAML_ERRORS as error:
+    except YAML_ERRORS as error:
         raise ConfigError(f"the value of {key} is no YAML: {error}", where="command line") from None
     *parents, leaf = key.split(".")
     node: Any = raw
@@ -559,12 +559,13 @@ def _list_item(items: list[Any], number: str, key: str) -> Any:
     return items[int(number)]
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError, kind: type[Section]) -> str:
+    """What is wrong with the values of a `kind`, a line each; an unknown key with the nearest known one."""
     lines = []
     for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"]) or "recipe"
+        key = ".".join(str(part) for part in problem["loc"]) or "as a whole"
         if problem["type"] == "extra_forbidden":
-            known = _known_keys(problem["loc"])
+            known = _known_keys(problem["loc"], kind)
             near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.4)
             hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(sorted(known))}"
             lines.append(f"unknown key '{key}'; {hint}")
@@ -573,9 +574,9 @@ def _explain(error: ValidationError) -> str:
     return "\n".join(lines)
 
 
-def _known_keys(location: tuple[str | int, ...]) -> list[str]:
-    """The keys that the section holding `location` knows."""
-    section: Any = Config
+def _known_keys(location: tuple[str | int, ...], kind: type[Section]) -> list[str]:
+    """The keys that the section of a `kind` which holds `location` knows."""
+    section: Any = kind
     for part in location[:-1]:
         if isinstance(part, int):
             continue
