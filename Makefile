@@ -4,6 +4,7 @@
 #   make hello       the same path at its smallest, one rank, two minutes
 #   make miniature   all stages, from pre-training to safety tuning, in miniature; 25 minutes
 #   make test        the tests;  make test-all  adds the slow ones, AREA=tests/faults those of one area
+#   make test-slurm  the tests on a real Slurm of two nodes, which Debian's packages are installed for; needs root
 #   make bench       all benchmarks, side by side with their rivals
 #   make lint        style and formatting
 #
@@ -20,7 +21,7 @@ AREA ?= tests
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo hello miniature test test-all bench lint clean
+.PHONY: demo hello miniature test test-all test-slurm bench lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m tools.demo
@@ -32,10 +33,13 @@ miniature: $(INSTALLED)
 	$(BIN)/python -m tools.miniature
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and not slurm" --numprocesses 2 --dist loadfile
 
 test-all: $(INSTALLED)
-	$(BIN)/python -m pytest --durations=20 $(AREA)
+	$(BIN)/python -m pytest -m "not slurm" --durations=20 $(AREA)
+
+test-slurm: $(INSTALLED)
+	$(BIN)/python -m pytest -rs --durations=20 tests/slurm
 
 bench: $(INSTALLED)
 	$(BIN)/python -m tools.bench all
