@@ -213,6 +213,9 @@ class Partitioned(Layout):
         for p in self._trained.values():
             flat, offset = self._place(p, flats)
             p.ds_tensor.data.copy_(flat.data.narrow(0, offset, p.ds_tensor.numel()))
+        # hpZ's copies within a node are of the weights before; DeepSpeed renews those of trained ones only.
+        for p in self._frozen.values():
+            p.ds_secondary_tensor = None
         self._zero.checkpoint_event_epilogue()
 
     def after_step(self) -> None:
