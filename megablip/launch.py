@@ -21,6 +21,7 @@ from types import FrameType
 
 import psutil
 
+from megablip.checkpoint.start import check_start
 from megablip.config import Config, dump_config, held_out_run, load_config, refuse_changes
 from megablip.data.samples import index_sources
 from megablip.data.shards import expand_shards
@@ -81,19 +82,14 @@ def prepare_run(config: Config) -> Path:
     """Check paths and the run directory, and write the resolved config into it.
 
     Raises:
-        ConfigError: no model, a DeepSpeed config that is not supported, or
-            the directory belongs to another recipe.
+        ConfigError: nothing that a stage can start from, a DeepSpeed config that is not
+            supported, or the directory belongs to another recipe.
         ShardError: a source without shards.
     """
     read_ds_config(config.engine)
     for source in config.data.sources + config.held_out.sources:
         expand_shards(source.shards)
-    if not (Path(config.model.path) / "config.json").exists():
-        raise ConfigError(
-            "there is no model to start from",
-            where=f"model.path: {config.model.path}",
-            remedy="make one with `megablip convert init`, or give the folder of an export",
-        )
+    check_start(config.model.path)
     run_dir = Path(config.run_dir)
     path = run_dir / RESOLVED_CONFIG
     has_checkpoints = any((run_dir / "checkpoints").glob("step_*/COMMITTED"))

@@ -1,4 +1,8 @@
-"""The smallest recipe."""
+"""The smallest recipe, and what passes for a model before ranks are started."""
+
+from __future__ import annotations
+
+from pathlib import Path
 
 RECIPE = {
     "stage": "pretrain",
@@ -16,3 +20,11 @@ RECIPE = {
     "batch": {"lanes": 4},
     "optimizer": {"lr": 0.001},
 }
+
+
+def make_start(folder: Path) -> Path:
+    """A folder that looks like an export."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"model_type": "megablip"}')
+    (folder / "model.safetensors").touch()
+    return folder

@@ -13,7 +13,7 @@ from megablip import doctor
 from megablip.cli import app
 from megablip.config import dump_config, load_config
 from tests.data.builders import write_tar
-from tests.minimal import RECIPE
+from tests.minimal import RECIPE, make_start
 
 # An import of what takes seconds would end in a traceback.
 WITHOUT_TORCH = """
@@ -34,8 +34,7 @@ def megablip(*arguments: str) -> subprocess.CompletedProcess[str]:
 def recipe(tmp_path):
     """A recipe whose shards and model are there, as far as `megablip train` looks before it starts ranks."""
     write_tar(tmp_path / "data" / "a-0.tar", [{"txt": b"x"}])
-    (tmp_path / "start").mkdir()
-    (tmp_path / "start" / "config.json").write_text("{}")
+    make_start(tmp_path / "start")
     source = {"name": "a", "shards": str(tmp_path / "data" / "a-*.tar"), "schema": "text", "weight": 1}
     raw = RECIPE | {
         "run_dir": str(tmp_path / "run"),

@@ -117,7 +117,12 @@ class ExportReader:
 
     def _file_with(self, name: str) -> TensorFile:
         if name not in self._file_of:
-            raise CheckpointError(f"the export has no weight {name}", where=str(self.folder))
+            apart = any(".lora_" in other for other in self._file_of)
+            raise CheckpointError(
+                f"the export has no weight {name}" + (", but adapters that are not merged" if apart else ""),
+                where=str(self.folder),
+                remedy="merge the adapters into the weights, with peft's merge_and_unload" if apart else "",
+            )
         file = self._file(self._file_of[name])
         if name not in file.shapes:
             raise CheckpointError(f"the file has no weight {name}, which the index promises", where=str(file.where))

@@ -105,6 +105,15 @@ def test_a_weight_that_is_missing_or_of_another_shape_is_named(folders):
         reader.read("matrix", MASTER, (3, 5), 0, 2)
 
 
+def test_adapters_that_are_not_merged_are_told_from_a_weight_that_is_lost(tmp_path):
+    save_file(
+        {"o.base_layer.weight": torch.ones(2), "o.lora_A.default.weight": torch.ones(2)}, tmp_path / "model.safetensors"
+    )
+    with pytest.raises(CheckpointError, match=r"no weight o.weight, but adapters that are not merged") as caught:
+        ExportReader(tmp_path).read("o.weight", MASTER, (2,), 0, 2)
+    assert "merge_and_unload" in caught.value.remedy
+
+
 @pytest.mark.parametrize(
     "index", ["{", "[]", "{}", "[" * 99_999, '{"weight_map": 5}', '{"weight_map": {"bias": "../x.safetensors"}}']
 )

@@ -13,7 +13,7 @@ import yaml
 from megablip.config import load_config
 from tests.data.builders import write_tar
 from tests.distributed.runs import REPOSITORY
-from tests.minimal import RECIPE
+from tests.minimal import RECIPE, make_start
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -24,8 +24,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_printed_command_starts_the_ranks_of_the_resolved_recipe(tmp_path):
     write_tar(tmp_path / "a.tar", [{"txt": b"words"}])
-    (tmp_path / "start").mkdir()
-    (tmp_path / "start" / "config.json").write_text("{}")
+    make_start(tmp_path / "start")
     recipe = tmp_path / "recipe.yaml"
     source = {"name": "a", "shards": str(tmp_path / "a.tar"), "schema": "text", "weight": 1}
     recipe.write_text(yaml.safe_dump(RECIPE | {"data": RECIPE["data"] | {"sources": [source]}}))
