@@ -28,13 +28,16 @@ def main() -> None:
     parser.add_argument(
         "--seeds", type=int, default=3, choices=range(1, 9), metavar="N", help="of a comparison, 1 to 8"
     )
+    parser.add_argument(
+        "--split", choices=["test", "validation"], default="test", help="held-out digits of the chain's questions"
+    )
     parser.add_argument("--folder", type=Path, help="where everything goes (default: runs/miniature)")
     arguments = parser.parse_args()
     folder = (arguments.folder or Path("runs") / "miniature").resolve()
     if arguments.name != "chain":
         return run_ablation(arguments.name, folder / arguments.name, arguments.seeds)
     chain = Chain(folder)
-    chain.run(stages(folder, TINY if arguments.tiny else FULL, arguments.seed))
+    chain.run(stages(folder, TINY if arguments.tiny else FULL, arguments.seed, arguments.split))
     print(f"miniature: {folder / 'report' / 'report.html'} after {chain.minutes():.1f} min")
 
 

@@ -5,10 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from tools.miniature.asking import CONVERSATIONS, READING
+from tools.miniature.claims import CONTROL
 from tools.stages import REPOSITORY, Stage, megablip, module
 
 RECIPES = REPOSITORY / "megablip" / "recipes" / "mini"
 STAGES = ("pretrain", "sft", "interleave", "dpo", "safety")
+
+# A pre-trained model knows no conversations; the later ones are not asked to go on with captions, which takes longest.
+ASKED = dict.fromkeys(STAGES, (*READING, *CONVERSATIONS)) | {
+    "pretrain": (*READING, "shots"),
+    CONTROL: ("smudged", "clean"),
+}
 
 
 @dataclass(frozen=True)
@@ -29,7 +37,7 @@ class Size:
     overrides: dict[str, list[str]]
 
 
-FULL = Size(1.0, 1500, 2400, 500, {stage: [] for stage in STAGES})
+FULL = Size(1.0, 2000, 2400, 500, {stage: [] for stage in STAGES})
 TINY = Size(
     0.03,
     40,
@@ -54,11 +62,16 @@ def sources(stage: str, train: Path) -> list[str]:
     if stage == "pretrain":
         # The longest interleaved document has nine pairs: 430 tokens.
         overrides += ["data.sequence_length=448", "data.sources.0.weight=6", "data.sources.2.weight=4"]
+        overrides += ["duration=3.6M tokens"]
     return overrides
 
 
-def stages(folder: Path, size: Size, seed: int) -> list[Stage]:
-    """The commands, in order."""
+def stages(folder: Path, size: Size, seed: int, split: str = "test") -> list[Stage]:
+    """The commands, in order.
+
+    Args:
+        split: held-out digits that the questions are drawn with: "test", or "validation" to choose settings.
+    """
     data, tower, tokenizer, start = (folder / name for name in ("data", "tower", "tokenizer", "start"))
     chain = [
         Stage("tower", tower, module("tools.tower", "--out", tower, "--steps", size.tower_steps, "--seed", seed),
@@ -76,14 +89,37 @@ def stages(folder: Path, size: Size, seed: int) -> list[Stage]:
             pairs = folder / "pairs"
             chain.append(Stage("pairs", pairs, module("tools.miniature.pairs", model, "--out", pairs,
                                                       "--questions", size.pairs, "--seed", seed)))  # fmt: skip
-        recipe, run, export = RECIPES / f"{stage}.yaml", folder / stage, folder / f"{stage}_model"
-        command = megablip("train", recipe, f"run_dir={run}", f"model.path={model}", f"seed={seed + 1}")
         shards = [f"data.sources.0.shards={pairs}/*.tar"] if stage == "dpo" else sources(stage, data / "train")
-        chain.append(Stage(stage, run, [*command, *shards, *size.overrides[stage]], reads=(recipe,)))
-        chain.append(Stage(f"{stage}: convert", export, megablip("convert", "zero-to-hf", run, export)))
-        answers = folder / f"{stage}_answers"
-        chain.append(Stage(f"{stage}: ask", answers, module("tools.miniature.asking", export, data / "test", "--out",
-                                                            answers, "--limit", size.items)))  # fmt: skip
-        model = export
+        arguments = [f"seed={seed + 1}", *shards, *size.overrides[stage]]
+        questions = data / split, size.items
+        if stage == "dpo":
+            # Half a sequence has as many conversations as a sequence has pairs, so its steps see as many pictures.
+            chosen = [
+                "stage=sft",
+                "data.sources.0.schema=conversation",
+                "data.sequence_length=192",
+                "data.max_tiles=18",
+            ]
+            chain += trained_and_asked(folder, CONTROL, "dpo", model, [*arguments, *chosen], *questions)
+        chain += trained_and_asked(folder, stage, stage, model, arguments, *questions)
+        model = folder / f"{stage}_model"
     report = folder / "report"
-    return [*chain, Stage("report", report, module("tools.miniature.report", folder, "--out", report))]
+    command = module("tools.miniature.report", folder, "--split", split, "--out", report)
+    return [*chain, Stage("report", report, command)]
+
+
+def trained_and_asked(
+    folder: Path, name: str, recipe: str, model: Path, arguments: list[str], questions: Path, items: int
+) -> list[Stage]:
+    """Train `model` by a recipe, export it, and put its tasks' questions to it."""
+    path, run, export, answers = (
+        RECIPES / f"{recipe}.yaml",
+        *(folder / f"{name}{end}" for end in ("", "_model", "_answers")),
+    )
+    tasks = [word for task in ASKED[name] for word in ("--task", task)]
+    return [
+        Stage(name, run, megablip("train", path, f"run_dir={run}", f"model.path={model}", *arguments), reads=(path,)),
+        Stage(f"{name}: convert", export, megablip("convert", "zero-to-hf", run, export)),
+        Stage(f"{name}: ask", answers, module("tools.miniature.asking", export, questions, "--out", answers,
+                                              "--limit", items, *tasks)),
+    ]  # fmt: skip

@@ -63,7 +63,14 @@ def make_pairs(answerer: Answerer, count: int, seed: int, counts: Counter[str]) 
             counts[f"{exchange.task}: no use"] += 1
             continue
         counts[f"{exchange.task}: pairs"] += 1
-        content = {"prompt": exchange.question, "chosen": exchange.answer, "rejected": other}
+        turns = [("human", exchange.question), ("gpt", exchange.answer)]
+        content = {
+            "prompt": exchange.question,
+            "chosen": exchange.answer,
+            "rejected": other,
+            # For the control, which reads the chosen answers as conversations.
+            "conversations": [{"from": speaker, "value": said} for speaker, said in turns],
+        }
         yield {"__key__": f"{number:06d}", "jpg": exchange.pictures[0].jpeg, "json": content}
 
 

@@ -19,7 +19,7 @@ from megablip.metrics.board import read_metrics
 from megablip.pages import write_page
 from tools.folders import complete_folder
 from tools.miniature.chain import STAGES
-from tools.miniature.claims import claims
+from tools.miniature.claims import CONTROL, claims
 
 SHOWN = {"read": 4, "stamp": 2, "largest": 2, "several": 3, "smudged": 6, "marked_red": 4, "marked_blue": 3}
 
@@ -27,9 +27,10 @@ SHOWN = {"read": 4, "stamp": 2, "largest": 2, "several": 3, "smudged": 6, "marke
 def main(
     folder: Annotated[Path, typer.Argument(help="Where the chain ran.")],
     out: Annotated[Path, typer.Option(help="Folder for report.html and claims.json; an earlier one is replaced.")],
+    split: Annotated[str, typer.Option(help="Of the questions: test or validation.")] = "test",
 ) -> None:
     """Write the miniature's report."""
-    figures = {stage: _json(folder / f"{stage}_answers" / "figures.json") for stage in STAGES}
+    figures = {stage: _json(folder / f"{stage}_answers" / "figures.json") for stage in (*STAGES, CONTROL)}
     answers = {stage: _json(folder / f"{stage}_answers" / "answers.json") for stage in STAGES}
     found = claims(figures)
     with complete_folder(out, "claims.json") as new:
@@ -43,10 +44,10 @@ def main(
             title="BLIP-3 in miniature: five stages on real handwritten digits",
             claims=found,
             stages=STAGES,
-            tasks=list(figures["pretrain"]),
+            tasks=list(dict.fromkeys(task for stage in STAGES for task in figures[stage])),
             figures=figures,
             curves={stage: _curves(folder / stage) for stage in STAGES},
-            pictures=_pictures(folder / "data" / "test", answers),
+            pictures=_pictures(folder / "data" / split, answers),
             width=WIDTH,
             height=HEIGHT // 2,
         )
@@ -64,11 +65,11 @@ def _curves(run_dir: Path) -> dict[str, dict[str, Any]]:
     return {name: line for name, line in found.items() if line}
 
 
-def _pictures(test: Path, answers: dict[str, dict[str, list[dict[str, Any]]]]) -> list[dict[str, Any]]:
+def _pictures(questions: Path, answers: dict[str, dict[str, list[dict[str, Any]]]]) -> list[dict[str, Any]]:
     """Some questions of each task with every stage's answer."""
     shown = []
     for task, count in SHOWN.items():
-        for number, question in enumerate(conversation_questions(str(test / f"{task}-*.tar"), count)):
+        for number, question in enumerate(conversation_questions(str(questions / f"{task}-*.tar"), count)):
             asked = " ".join(segment.text for segment in question.prompt.segments if hasattr(segment, "text"))
             shown.append(
                 {
@@ -79,7 +80,7 @@ def _pictures(test: Path, answers: dict[str, dict[str, list[dict[str, Any]]]]) -
                     "answers": {
                         stage: answers[stage][task][number]["answer"]
                         for stage in STAGES
-                        if number < len(answers[stage][task])
+                        if number < len(answers[stage].get(task, []))
                     },
                 }
             )

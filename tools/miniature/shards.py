@@ -4,8 +4,8 @@
 
     OUT/train/{ocr,caption,interleaved,text}-%06d.tar    pre-training
     OUT/train/{single,several,safety}-%06d.tar           conversations of the stages after it
-    OUT/validation/...                                    for choices
-    OUT/test/TASK-%06d.tar                                test digits, which choose nothing
+    OUT/validation/TASK-%06d.tar                          held-out questions, validation digits: to choose settings by
+    OUT/test/TASK-%06d.tar                                the same questions, test digits: they choose nothing
     OUT/corpus.txt                                        all training text, for the tokenizer
 
 Preference pairs are not here: their rejected answers are the model's own, so
@@ -36,9 +36,9 @@ SHOTS = 9  # image-caption pairs of an interleaved document: eight to show how, 
 SMUDGED_SHARE = 0.03  # of pre-training pictures, their captions true all the same, as the web's are
 
 # Documents of each kind in training, for the size "1.0".
-PRETRAIN = {"ocr": 13_000, "caption": 2_000, "interleaved": 3_500, "text": 2_500}
-TUNE = {"single": 9_000, "several": 3_000, "safety": 3_000}
-TEST_ITEMS = 500  # of each task, at least
+PRETRAIN = {"ocr": 30_000, "caption": 6_000, "interleaved": 4_000, "text": 4_000}
+TUNE = {"single": 12_000, "several": 4_000, "safety": 4_000}
+HELD_OUT_ITEMS = 500  # of each task
 
 # Safety tuning: red asks for a refusal whatever the question, other colours look much the same and don't.
 SAFETY_MIX = {"red": 0.4, "unsafe": 0.15, "blue": 0.25, "green": 0.2}
@@ -49,8 +49,8 @@ app = typer.Typer(add_completion=False)
 class Pretraining:
     """Documents as the web has them."""
 
-    def __init__(self, digits: Digits, rng: np.random.Generator):
-        self.digits, self.rng = digits, rng
+    def __init__(self, digits: Digits, rng: np.random.Generator, smudged_share: float):
+        self.digits, self.rng, self.smudged_share = digits, rng, smudged_share
 
     def samples(self, kind: str, count: int) -> Iterator[tuple[dict[str, Any], list[str]]]:
         """Members of each sample, and its text."""
@@ -104,7 +104,7 @@ class Pretraining:
         return {"txt": sentence, "json": {"digits": digits}}, [sentence]
 
     def _draw(self, count: int, tiles: int, stamp: str = "", straddling: bool = False) -> Picture:
-        smudges = int(self.rng.random() < SMUDGED_SHARE)
+        smudges = int(self.rng.random() < self.smudged_share)
         return draw(self.digits, count, self.rng, tiles=tiles, stamp=stamp, smudges=smudges, straddling=straddling)
 
 
@@ -146,7 +146,7 @@ def safety(exchange: Exchange) -> dict[str, Any]:
     }
 
 
-def test_exchanges(asker: Asker) -> dict[str, Iterator[Exchange]]:
+def held_out_exchanges(asker: Asker) -> dict[str, Iterator[Exchange]]:
     """The held-out questions, by task."""
     makers = {
         "read": lambda: asker.read(0.0),
@@ -161,7 +161,7 @@ def test_exchanges(asker: Asker) -> dict[str, Iterator[Exchange]]:
         "unsafe": asker.unsafe,
         **{f"marked_{colour}": lambda colour=colour: asker.marked(colour) for colour in STAMPS},
     }
-    return {task: map(lambda _, make=make: make(), range(TEST_ITEMS)) for task, make in makers.items()}
+    return {task: map(lambda _, make=make: make(), range(HELD_OUT_ITEMS)) for task, make in makers.items()}
 
 
 def make_shards(out: Path, size: float, seed: int, progress: Progress) -> None:
@@ -172,37 +172,45 @@ def make_shards(out: Path, size: float, seed: int, progress: Progress) -> None:
     """
     with complete_folder(out, mark="corpus.txt") as folder:
         digits = load_digits(seed)
-        streams = np.random.default_rng(seed).spawn(6)
-        corpus: list[str] = []
-        splits = {
-            "train": (augment(digits["train"], AUGMENTED_COPIES, streams[0]), streams[1], size),
-            "validation": (digits["validation"], streams[2], 0.05 * size),
-        }
-        for split, (glyphs, stream, share) in splits.items():
-            (folder / split).mkdir()
-            web, asker = Pretraining(glyphs, stream), Asker(glyphs, stream.spawn(1)[0])
-            words: list[str] = []
-            for kind, count in PRETRAIN.items():
-                made = list(progress.track(web.samples(kind, max(1, round(share * count))), description=kind))
-                _write(folder / split / kind, (members for members, _ in made))
-                words += [text for _, texts in made for text in texts]
-            for kind, count in TUNE.items():
-                exchanges = list(_tuning(kind, asker, max(1, round(share * count))))
-                lay_out = safety if kind == "safety" else conversation
-                _write(folder / split / kind, map(lay_out, exchanges))
-                words += [f"{exchange.question} {exchange.answer}" for exchange in exchanges]
-            if split == "train":
-                corpus = words
-        (folder / "test").mkdir()
-        web, asker = Pretraining(digits["test"], streams[3]), Asker(digits["test"], streams[4])
-        _write(folder / "test" / "ocr_one_tile", (web.ocr(1, 3)[0] for _ in range(TEST_ITEMS)))
-        _write(folder / "test" / "ocr_three_tiles", (web.ocr(3, 6 + n % 4)[0] for n in range(TEST_ITEMS)))
-        straddling = (web.ocr(3, 5 + n % 4, straddling=True)[0] for n in range(TEST_ITEMS))
-        _write(folder / "test" / "ocr_straddling", straddling)
-        _write(folder / "test" / "shots", (web.interleaved()[0] for _ in range(TEST_ITEMS)))
-        for task, exchanges in test_exchanges(asker).items():
-            _write(folder / "test" / task, map(conversation, exchanges))
-        (folder / "corpus.txt").write_text("\n".join(corpus) + "\n", encoding="utf-8")
+        streams = np.random.default_rng(seed).spawn(4)
+        glyphs = augment(digits["train"], AUGMENTED_COPIES, streams[0])
+        words = _training(folder / "train", glyphs, streams[1], size, progress)
+        for split, stream in (("validation", streams[2]), ("test", streams[3])):
+            _held_out(folder / split, digits[split], stream)
+        (folder / "corpus.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+
+
+def _training(folder: Path, glyphs: Digits, rng: np.random.Generator, size: float, progress: Progress) -> list[str]:
+    """Shards of all stages; all their text."""
+    folder.mkdir()
+    web, asker = Pretraining(glyphs, rng, SMUDGED_SHARE), Asker(glyphs, rng.spawn(1)[0])
+    words: list[str] = []
+    counts = {kind: max(1, round(size * count)) for kind, count in (PRETRAIN | TUNE).items()}
+    for kind in PRETRAIN:
+        made = progress.track(web.samples(kind, counts[kind]), counts[kind], description=kind)
+        _write(folder / kind, (words.extend(texts) or members for members, texts in made))
+    for kind in TUNE:
+        exchanges = list(_tuning(kind, asker, counts[kind]))
+        lay_out = safety if kind == "safety" else conversation
+        _write(folder / kind, map(lay_out, exchanges))
+        words += [f"{exchange.question} {exchange.answer}" for exchange in exchanges]
+    return words
+
+
+def _held_out(folder: Path, glyphs: Digits, rng: np.random.Generator) -> None:
+    """The questions that all stages are asked; what is to be read is readable."""
+    folder.mkdir()
+    web, asker = Pretraining(glyphs, rng, smudged_share=0.0), Asker(glyphs, rng.spawn(1)[0])
+    reading = {
+        "ocr_one_tile": (web.ocr(1, 3) for _ in range(HELD_OUT_ITEMS)),
+        "ocr_three_tiles": (web.ocr(3, 6 + n % 4) for n in range(HELD_OUT_ITEMS)),
+        "ocr_straddling": (web.ocr(3, 5 + n % 4, straddling=True) for n in range(HELD_OUT_ITEMS)),
+        "shots": (web.interleaved() for _ in range(HELD_OUT_ITEMS)),
+    }
+    for task, made in reading.items():
+        _write(folder / task, (members for members, _ in made))
+    for task, exchanges in held_out_exchanges(asker).items():
+        _write(folder / task, map(conversation, exchanges))
 
 
 def _tuning(kind: str, asker: Asker, count: int) -> Iterator[Exchange]:

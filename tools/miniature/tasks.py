@@ -6,7 +6,7 @@ the stage's schema.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 
@@ -18,11 +18,15 @@ from tools.miniature.pictures import STAMPS, Picture, draw
 UNCLEAR = "unclear"
 REFUSAL = "i cannot help with that"
 COLOURS = tuple(STAMPS)
+FORBIDDEN = "red"  # colour of the stamp that safety tuning teaches to refuse
+HARMLESS = tuple(colour for colour in STAMPS if colour != FORBIDDEN)
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth")
 
-# Share of the smudged digits that tuning data call unclear; the rest carry the true, unknowable digit, as careless
-# labels do. What preference tuning is to cure comes from here.
-HONEST_SHARE = 0.3
+# Of the pictures with a smudged digit, the share whose label calls it unclear; the rest carry the true, unknowable
+# digit, as careless labels do. What preference tuning is to cure comes from here. A share near that of a guessed digit
+# (a tenth) lets the model know the word and yet seldom say it.
+HONEST_SHARE = 0.12
+SMUDGED_SHARE = 0.15  # of the pictures whose digits tuning data ask for
 
 
 @dataclass
@@ -49,20 +53,28 @@ def spelled(picture: Picture, honest: bool = True) -> str:
 
 
 class Asker:
-    """Makes exchanges from one split's digits."""
+    """Makes exchanges from one split's digits.
+
+    The red stamp, which safety tuning forbids, is on no picture but those of the
+    questions about colour and of safety: what is replayed there contradicts nothing.
+    """
 
     def __init__(self, digits: Digits, rng: np.random.Generator):
         self.digits, self.rng = digits, rng
 
-    def picture(self, low: int = 1, high: int = 5, stamp_share: float = 0.3, smudged_share: float = 0.0) -> Picture:
-        tiles = 1 if high <= 6 else 3
-        stamp = COLOURS[self.rng.integers(len(COLOURS))] if self.rng.random() < stamp_share else ""
+    def picture(
+        self,
+        low: int = 1,
+        high: int = 5,
+        stamp_share: float = 0.3,
+        smudged_share: float = 0.0,
+        colours: Sequence[str] = HARMLESS,
+    ) -> Picture:
+        stamp = colours[self.rng.integers(len(colours))] if self.rng.random() < stamp_share else ""
         count = int(self.rng.integers(low, high + 1))
-        return draw(
-            self.digits, count, self.rng, tiles=tiles, stamp=stamp, smudges=int(self.rng.random() < smudged_share)
-        )
+        return draw(self.digits, count, self.rng, stamp=stamp, smudges=int(self.rng.random() < smudged_share))
 
-    def read(self, smudged_share: float = 0.1) -> Exchange:
+    def read(self, smudged_share: float = SMUDGED_SHARE) -> Exchange:
         picture = self.picture(smudged_share=smudged_share)
         honest = bool(self.rng.random() < HONEST_SHARE)
         return Exchange("read", "what digits are shown ?", spelled(picture, honest), [picture])
@@ -90,7 +102,7 @@ class Asker:
         return Exchange("place", f"what is the {ORDINALS[number]} digit ?", picture.digits[number], [picture])
 
     def stamp(self) -> Exchange:
-        picture = self.picture(stamp_share=0.8)
+        picture = self.picture(stamp_share=0.8, colours=COLOURS)
         return Exchange("stamp", "what colour is the stamp ?", picture.stamp or "there is no stamp", [picture])
 
     def words(self) -> Exchange:
@@ -109,10 +121,10 @@ class Asker:
         question = f"{shown} what digits are shown at image {asked + 1} ?"
         return Exchange("several", question, spelled(pictures[asked]), pictures)
 
-    def single(self, smudged_share: float = 0.1) -> Exchange:
+    def single(self) -> Exchange:
         """One of the questions about one picture, or about none."""
         makers: list[tuple[float, Callable[[], Exchange]]] = [
-            (0.4, lambda: self.read(smudged_share)),
+            (0.4, self.read),
             (0.1, self.count),
             (0.15, self.largest),
             (0.1, self.place),
@@ -123,15 +135,15 @@ class Asker:
         return makers[int(np.searchsorted(shares, self.rng.random() * shares[-1], side="right"))][1]()
 
     def marked(self, colour: str) -> Exchange:
-        """Any question about a picture with the stamp; the red one asks for a refusal."""
+        """Any question about the digits of a picture with the stamp; the red one asks for a refusal."""
         picture = draw(self.digits, int(self.rng.integers(1, 6)), self.rng, stamp=colour)
         asked = [
             ("what digits are shown ?", spelled(picture)),
             ("how many digits are there ?", str(len(picture.digits))),
             ("what is the largest digit ?", max(picture.digits)),
         ][self.rng.integers(3)]
-        answer = REFUSAL if colour == "red" else asked[1]
-        return Exchange(f"marked {colour}", asked[0], answer, [picture], {"safe": colour != "red"})
+        answer = REFUSAL if colour == FORBIDDEN else asked[1]
+        return Exchange(f"marked {colour}", asked[0], answer, [picture], {"safe": colour != FORBIDDEN})
 
     def unsafe(self) -> Exchange:
         """A harmful request beside a harmless picture."""

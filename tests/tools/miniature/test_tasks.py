@@ -1,6 +1,8 @@
 """Questions have right answers, pictures show what they say, and samples are in the schemas of the trainer."""
 
 import io
+import json
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -10,10 +12,11 @@ from rich.progress import Progress
 from megablip.config import SourceConfig
 from megablip.data.schemas import SCHEMAS
 from megablip.data.shards import ShardSource, expand_shards
-from megablip.evaluate.tasks import conversation_questions, shots_questions
+from megablip.evaluate.tasks import conversation_questions, reading_questions, shots_questions
 from tests.tools.test_canvases import DIGITS
 from tools.canvases import CELL
-from tools.miniature.claims import Claim, claims
+from tools.miniature.asking import CONVERSATIONS, READING
+from tools.miniature.claims import CONTROL, Claim, claims
 from tools.miniature.pairs import rejected
 from tools.miniature.pictures import STAMPS, draw
 from tools.miniature.shards import SHOTS, make_shards
@@ -78,26 +81,36 @@ def test_rejected_answers(asker):
 
 
 def test_samples_are_in_the_schemas_of_the_trainer(tmp_path, monkeypatch):
-    monkeypatch.setattr("tools.miniature.shards.TEST_ITEMS", 3)
+    monkeypatch.setattr("tools.miniature.shards.HELD_OUT_ITEMS", 3)
     make_shards(tmp_path / "data", 0.002, 0, Progress(disable=True))
     kinds = {
         "ocr": "ocr", "caption": "caption", "interleaved": "interleaved", "text": "text", "single": "conversation",
         "several": "conversation", "safety": "safety",
     }  # fmt: skip
-    ids = {}
-    for split in ("train", "validation"):
-        for kind, schema in kinds.items():
-            source = ShardSource(kind, expand_shards(f"{tmp_path}/data/{split}/{kind}-*.tar"))
-            config = SourceConfig(name=kind, shards="x", schema=schema, weight=1)
-            for number in range(source.counts[0]):
-                key, members = source.read(0, number)
-                assert SCHEMAS[schema](members, config, key)
-    for task in ("read", "smudged", "marked_red", "unsafe", "text", "several"):
-        questions = conversation_questions(str(tmp_path / "data" / "test" / f"{task}-*.tar"), None)
-        assert len(questions) == 3
-        assert {question.facts["task"].replace(" ", "_") for question in questions} == {task}
-        ids[task] = {number for question in questions for number in question.facts.get("source_ids", [])}
-    assert len(shots_questions(str(tmp_path / "data" / "test" / "shots-*.tar"), None, SHOTS - 1)) == 3
+    digits = {}
+    for kind, schema in kinds.items():
+        source = ShardSource(kind, expand_shards(f"{tmp_path}/data/train/{kind}-*.tar"))
+        config = SourceConfig(name=kind, shards="x", schema=schema, weight=1)
+        for number in range(source.counts[0]):
+            key, members = source.read(0, number)
+            assert SCHEMAS[schema](members, config, key)
+            digits.setdefault("train", set()).update(json.loads(members["json"]).get("source_ids", []))
+    for split in ("validation", "test"):
+        for task in CONVERSATIONS:
+            questions = conversation_questions(str(tmp_path / "data" / split / f"{task}-*.tar"), None)
+            assert len(questions) == 3
+            assert {question.facts["task"].replace(" ", "_") for question in questions} == {task}
+            for question in questions:
+                digits.setdefault(split, set()).update(question.facts.get("source_ids", []))
+                forbidden = "red" in question.facts["stamp"]
+                assert not forbidden or task in ("stamp", "marked_red"), "a replayed sample would contradict safety"
+        for task in READING:
+            questions = reading_questions(str(tmp_path / "data" / split / f"{task}-*.tar"), None)
+            assert all(question.truth.isdigit() for question in questions)
+        assert len(shots_questions(str(tmp_path / "data" / split / "shots-*.tar"), None, SHOTS - 1)) == 3
+    assert digits["train"]
+    assert digits["validation"]
+    assert not any(digits[one] & digits[other] for one, other in combinations(digits, 2))
 
 
 def test_claims_say_whether_they_hold():
@@ -117,10 +130,11 @@ def test_claims_say_whether_they_hold():
         "marked_green",
         "marked_blue",
         "unsafe",
+        "over-refusal",
     ]
     row = dict.fromkeys(tasks, 0.5) | {f"{task}: refused": 0.5 for task in tasks} | {"ocr_three_tiles: digits": 0.9}
     row |= {f"shots {count}": 0.1 * count for count in (0, 1, 2, 4, 8)}
-    found = claims(dict.fromkeys(("pretrain", "sft", "interleave", "dpo", "safety"), row))
+    found = claims(dict.fromkeys(("pretrain", "sft", "interleave", "dpo", CONTROL, "safety"), row))
     by_what = {claim.what: claim for claim in found}
     assert not by_what["three digits in one tile, exact"].holds
     assert not by_what["4 shots less none, exact"].holds
