@@ -21,7 +21,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from tools.miniature.chain import RECIPES, sources
+from tools.miniature.chain import FULL, RECIPES, sources
 from tools.stages import Chain, Stage, megablip, module
 
 # Student's t for a two-sided 95 % interval, by the number of seeds.
@@ -111,7 +111,8 @@ def stages(folder: Path, ablation: Ablation, seed: int) -> list[Stage]:
     """The commands of one seed, in order: parts that all variants share, then variant after variant."""
     data, tower, tokenizer = (folder / name for name in ("data", "tower", "tokenizer"))
     chain = [
-        Stage("tower", tower, module("tools.tower", "--out", tower, "--seed", seed), beside=True),
+        Stage("tower", tower, module("tools.tower", "--out", tower, "--steps", FULL.tower_steps, "--seed", seed),
+              beside=True),
         Stage("data", data, module("tools.miniature.shards", "--out", data, "--seed", seed)),
         Stage("tokenizer", tokenizer, module("tokenization", "train", "--input", data / "corpus.txt",
                                              "--vocab-size", 420, "--chat", "--out", tokenizer)),

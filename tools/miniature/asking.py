@@ -30,13 +30,8 @@ from megablip.evaluate.tasks import (
     shots_questions,
 )
 from tools.folders import complete_folder
-from tools.miniature.tasks import UNCLEAR
+from tools.miniature.tasks import READING, SINGLE_SKILLS, UNCLEAR
 
-READING = ("ocr_one_tile", "ocr_three_tiles", "ocr_straddling")
-SINGLE_SKILLS = ("read", "count", "largest", "place", "stamp")  # what conversations ask of one picture
-CONVERSATIONS = (
-    *SINGLE_SKILLS, "text", "several", "smudged", "clean", "unsafe", "marked_red", "marked_green", "marked_blue",
-)  # fmt: skip
 DECODING = Decoding(max_new_tokens=40)
 
 

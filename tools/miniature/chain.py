@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from tools.miniature.asking import CONVERSATIONS, READING
 from tools.miniature.claims import CONTROL
+from tools.miniature.tasks import CONVERSATIONS, READING
 from tools.stages import REPOSITORY, Stage, megablip, module
 
 RECIPES = REPOSITORY / "megablip" / "recipes" / "mini"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tools.miniature.asking import SINGLE_SKILLS
+from tools.miniature.tasks import SINGLE_SKILLS
 
 CONTROL = "dpo_control"  # the same tuning on the chosen answers alone, beside dpo; no later stage starts from it
 

@@ -28,6 +28,13 @@ ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "
 HONEST_SHARE = 0.12
 SMUDGED_SHARE = 0.15  # of the pictures whose digits tuning data ask for
 
+# What models are asked, by the names of the held-out shards; beside them `shots`, captions after others.
+READING = ("ocr_one_tile", "ocr_three_tiles", "ocr_straddling")
+SINGLE_SKILLS = ("read", "count", "largest", "place", "stamp")  # what conversations ask of one picture
+CONVERSATIONS = (
+    *SINGLE_SKILLS, "text", "several", "smudged", "clean", "unsafe", "marked_red", "marked_green", "marked_blue",
+)  # fmt: skip
+
 
 @dataclass
 class Exchange:
