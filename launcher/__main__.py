@@ -1,6 +1,9 @@
-"""Show how a run is started.
+"""Start runs: on this machine, or on the nodes of a SLURM job.
 
-python -m launcher print RECIPE [key.subkey=value ...]
+python -m launcher local RECIPE [key.subkey=value ...]                 here, started again after failures
+python -m launcher slurm RECIPE --nodes 4 [--submit] [key.subkey=value ...]
+python -m launcher status RUN                                          attempts of a run, and how each ended
+python -m launcher print RECIPE [--nodes 4] [key.subkey=value ...]     the commands that start the ranks
 """
 
 from __future__ import annotations
@@ -14,24 +17,79 @@ import typer
 
 from megablip.config import load_config
 from megablip.errors import MegablipError
-from megablip.launch import launcher_command, prepare_run
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
+Recipe = Annotated[Path, typer.Argument(help="YAML recipe")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key.subkey=value ...")]
+Hostfile = Annotated[Path | None, typer.Option(help="machines and their slots, as DeepSpeed writes them")]
 
-@app.callback()
-def programs() -> None:
-    """Starts runs; so far on one machine."""
+
+@app.command()
+def local(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Train on this machine; after a failure go on from the newest checkpoint.
+
+    Ends with 0 when the run is finished, 75 when it was asked to stop and has
+    saved, 1 when it failed too often, or twice at the same step.
+    """
+    from launcher.allocation import ThisMachine
+    from launcher.supervise import Supervisor
+
+    raise typer.Exit(Supervisor(load_config(recipe, overrides or []), ThisMachine(), at_once=True).run())
 
 
 @app.command("print")
-def print_command(
-    recipe: Annotated[Path, typer.Argument(help="YAML recipe")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key.subkey=value ...")] = None,
-) -> None:
+def print_command(recipe: Recipe, overrides: Overrides = None) -> None:
     """Check a recipe, write its resolved form into the run directory, and print the command that starts the ranks."""
+    from megablip.launch import Machines, launcher_command, prepare_run
+
     config = load_config(recipe, overrides or [])
-    print(shlex.join(launcher_command(config, prepare_run(config))))
+    print(shlex.join(launcher_command(prepare_run(config), Machines.alone(config.engine.ranks))))
+
+
+@app.command()
+def slurm(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(help="nodes to ask for", min=1)] = 1,
+    profile: Annotated[str, typer.Option(help="cluster profile: a name in launcher/profiles, or a file")] = "plain",
+    submit: Annotated[bool, typer.Option("--submit", help="hand it to sbatch")] = False,
+) -> None:
+    """Write the script of a job that trains a recipe to its end, requeued as often as it takes; show or submit it.
+
+    The job ends with 0 when the run is finished, 75 when it was stopped and has saved (a requeued job goes on by
+    itself), 1 when it failed too often or twice at the same step, 69 when no node passed its checks.
+    """
+    from launcher.job import write_job
+    from launcher.submit import submit as hand_over
+
+    script = write_job(recipe, overrides or [], profile, nodes)
+    if submit:
+        print(f"job {hand_over(script)}: {script}")
+    else:
+        print(script.read_text())
+        print(f"# not submitted; --submit hands it over: {script}")
+
+
+@app.command(hidden=True)
+def supervise(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="run directory of a job")]) -> None:
+    """The batch step of a job."""
+    from launcher.job import run_job
+
+    raise typer.Exit(run_job(run_dir))
+
+
+@app.command(hidden=True)
+def node(
+    config: Annotated[Path, typer.Argument(help="RUN/config.yaml")],
+    hostfile: Hostfile = None,
+    master: Annotated[str | None, typer.Option(help="ADDRESS:PORT where the ranks meet")] = None,
+) -> None:
+    """Start this machine's ranks of a run: on each node by srun, by torchrun, or by hand with a hostfile."""
+    from launcher.node import run_node
+
+    address, _, port = (master or "").rpartition(":")
+    raise typer.Exit(run_node(config, hostfile, (address, int(port)) if master else None))
 
 
 if __name__ == "__main__":

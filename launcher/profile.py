@@ -141,22 +141,25 @@ class ClusterProfile(Section):
         """Of the batch step."""
         return self.python or sys.executable
 
-    def step_command(self, words: list[str], checkout: Path) -> list[str]:
+    def step_command(self, words: list[str], folder: Path) -> list[str]:
         """What `srun [options] ...` is given to run `python WORDS` on a node, in the container if there is one.
 
         The first of the result are options of srun (pyxis), so no option may stand behind it.
+
+        Args:
+            folder: where it runs.
         """
         container = self.container
         if container is None:
             return [self.interpreter, *words]
         if container.runtime == "pyxis":
             mounts = [f"--container-mounts={','.join(container.mounts)}"] if container.mounts else []
-            options = [f"--container-image={container.image}", *mounts, f"--container-workdir={checkout}"]
+            options = [f"--container-image={container.image}", *mounts, f"--container-workdir={folder}"]
             return [*options, container.python, *words]
         binds = [word for mount in container.mounts for word in ("--bind", mount)]
         gpus = ["--nv"] if self.gpus_per_node else []
         return [
-            "apptainer", "exec", *gpus, *binds, "--pwd", str(checkout), container.image, container.python, *words
+            "apptainer", "exec", *gpus, *binds, "--pwd", str(folder), container.image, container.python, *words
         ]  # fmt: skip
 
 

@@ -24,18 +24,19 @@ JOB_NAME_LENGTH = 64
 _VARIABLE = re.compile(r"\$(?:\{([A-Za-z_][A-Za-z0-9_]*)\}|([A-Za-z_][A-Za-z0-9_]*))")
 
 
-def render_job(profile: ClusterProfile, *, name: str, nodes: int, command: list[str]) -> str:
+def render_job(profile: ClusterProfile, *, name: str, nodes: int, command: list[str], folder: Path) -> str:
     """The script of a job that runs `python -m launcher COMMAND` as its batch step.
 
     Args:
         name: of the job; what Slurm's lists could not show becomes `_`.
         nodes: that the job asks for.
         command: words after `python -m launcher`; they arrive as they are.
+        folder: where it and the ranks run, which relative paths of a recipe are seen from.
 
     Raises:
         ConfigError: a word that no command line can hold.
     """
-    for word in command:
+    for word in [*command, str(folder)]:
         if "\x00" in word:
             raise ConfigError(f"{word!r} holds a zero byte, which no command line can", where="launcher")
     environment = Environment(
@@ -52,6 +53,7 @@ def render_job(profile: ClusterProfile, *, name: str, nodes: int, command: list[
         options=sbatch_options(profile, name, nodes),
         environment=list(_environment(profile).items()),
         checkout=str(CHECKOUT),
+        folder=str(folder),
         interpreter=profile.interpreter,
         command=command,
     )

@@ -253,7 +253,7 @@ class PreferenceConfig(Section):
 
 class EngineConfig(Section):
     ranks: int = operational(1, ge=1)
-    """Data-parallel ranks on this machine."""
+    """Data-parallel ranks of each machine."""
     ds_config: str = operational("zero3")
     """Name of a file of ds_configs/, or a path to one."""
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -322,6 +322,9 @@ class HealthConfig(Section):
     """Steps between two reports of slow ranks."""
     straggler_ratio: float = operational(1.2, gt=1)
     """A rank is slow if its own work takes so many times the median of the ranks."""
+
+    restarts_per_hour: int = operational(6, ge=0)
+    """Failures that `python -m launcher` answers by another attempt; a second one at the same step it never does."""
 
     def limits_s(self, timeout_s: int) -> dict[str, float]:
         """Seconds that each phase of the loop may take; `first`: any phase the first time, with compiling."""

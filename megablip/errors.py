@@ -65,3 +65,7 @@ class DivergenceError(MegablipError):
 
 class CheckpointError(MegablipError):
     """A checkpoint that can't be written, verified or loaded."""
+
+
+class SupersededError(MegablipError):
+    """A newer attempt owns the run directory; this process is what is left of an older one."""

@@ -1,9 +1,11 @@
-"""`megablip train`: checks what can be checked at once, then starts the ranks.
+"""`megablip train`: checks what can be checked at once, then starts the ranks of this machine.
 
 The ranks run `megablip.train` under the deepspeed launcher.  The launcher
 answers a signal by killing its ranks, and its exit code does not tell a saved
 stop from a crash; so it runs in a session of its own, signals go from here to
 the ranks directly, and the outcome is read from RUN/status.json.
+
+The programs of launcher/ start a machine's ranks with what stands here, too.
 """
 
 from __future__ import annotations
@@ -12,12 +14,16 @@ import base64
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import psutil
 
@@ -26,9 +32,10 @@ from megablip.config import Config, dump_config, held_out_run, load_config, refu
 from megablip.data.samples import index_sources
 from megablip.data.shards import expand_shards
 from megablip.engine.ds_config import read_ds_config
-from megablip.engine.status import EXIT_CODES, RunStatus
+from megablip.engine.status import ATTEMPT, EXIT_CODES, RunStatus
 from megablip.engine.topology import has_gpu
 from megablip.errors import ConfigError
+from megablip.metrics.points import last_step
 from megablip.metrics.startup import STARTED, process_age_s
 from megablip.model.layout import check_tokenizer
 
@@ -36,10 +43,33 @@ RESOLVED_CONFIG = "config.yaml"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 POLL_S = 1.0
 GRACE_S = 10.0  # once a rank has ended, for the others to end, too
+OWNER_S = 5.0  # between two looks whether a newer attempt has taken the run over
+
+
+@dataclass(frozen=True, slots=True)
+class Machines:
+    """The machines of an attempt, and which of them this one is.
+
+    Args:
+        slots: ranks of each machine, in the order of ranks.
+        node_rank: this machine's place among them.
+        master_address: where rank 0 is, as the others reach it.
+        master_port: where rank 0's store listens.
+    """
+
+    slots: dict[str, int]
+    node_rank: int
+    master_address: str
+    master_port: int
+
+    @classmethod
+    def alone(cls, ranks: int) -> Machines:
+        """This machine by itself, at a port that is free."""
+        return cls({"localhost": ranks}, 0, "127.0.0.1", _free_port())
 
 
 def launch(recipe: Path, overrides: list[str]) -> int:
-    """Run a recipe to its end or to a stop; the exit code of `megablip train`.
+    """Run a recipe to its end or to a stop on this machine; the exit code of `megablip train`.
 
     Raises:
         ConfigError, ShardError: before any rank is started.
@@ -47,35 +77,58 @@ def launch(recipe: Path, overrides: list[str]) -> int:
     try:
         with RankGroup() as ranks:
             config = load_config(recipe, overrides)
-            config_path = prepare_run(config)
-            check_tokenizer(config.model)
-            index_sources(config.data)
-            if held_out := held_out_run(config):
-                index_sources(held_out.data)
+            config_path = prepare(config)
             status = RunStatus(Path(config.run_dir))
-            attempts_before = len(status.attempts)
-            return_code = ranks.run(launcher_command(config, config_path), _environment(config))
-    except _StoppedBeforeStart:
+            status.begin(ranks=config.engine.ranks)
+            return_code = ranks.run(config, config_path, Machines.alone(config.engine.ranks), status)
+    except StoppedBeforeStart:
         print("stopped before the ranks had started")
         return EXIT_CODES["stopped"]
-    if len(status.attempts) == attempts_before:
-        status.begin(config.engine.ranks)
-        if ranks.asked:
+    reason = "left at once at a second signal, without saving" if len(ranks.asked) > 1 else None
+    conclude(
+        status, asked=bool(ranks.asked), reason=reason or f"they did not say why (launcher's exit code {return_code})"
+    )
+    return EXIT_CODES[status.current["outcome"]]
+
+
+def conclude(status: RunStatus, *, asked: bool, reason: str) -> dict[str, Any]:
+    """Note how an attempt ended whose ranks are gone, as far as they have not done so; the attempt.
+
+    Args:
+        asked: whether they had been asked to stop.
+        reason: why they may have ended without a word.
+    """
+    attempt = status.current
+    if "first_step" in attempt and "last_step" not in attempt:
+        status.update(last_step=max(last_step(status.run_dir), attempt["first_step"]))
+    if attempt["outcome"] == "running":
+        if "first_step" not in attempt and asked:
             print("stopped before the ranks had started")
-            status.update(outcome="stopped")
+            status.end("stopped", reason="before the first step")
         else:
-            print("the ranks did not start; their messages are above", file=sys.stderr)
-            status.update(outcome="failed", reason="the ranks did not start")
-    outcome = status.attempts[-1]["outcome"]
-    if outcome == "running":
-        # The ranks ended without a word: killed, out of memory, crashed in C.
-        reason = f"the ranks ended without a word (launcher's exit code {return_code})"
-        if len(ranks.asked) > 1:
-            reason = "left at once at a second signal, without saving"
-        print(f"{reason}; start again to resume from the newest checkpoint", file=sys.stderr)
-        status.update(outcome="failed", reason=reason)
-        outcome = "failed"
-    return EXIT_CODES[outcome]
+            # Killed, out of memory, crashed in C.
+            phase = "without a word" if "first_step" in attempt else "before the first step"
+            print(f"the ranks ended {phase}: {reason}", file=sys.stderr)
+            print("start again to resume from the newest checkpoint", file=sys.stderr)
+            status.end("failed", reason=f"the ranks ended {phase}: {reason}")
+    return status.current
+
+
+def prepare(config: Config) -> Path:
+    """Everything that is done once before ranks are started: checks, the resolved config, indices of the shards.
+
+    Returns:
+        The resolved config's path.
+
+    Raises:
+        ConfigError, ShardError: see `prepare_run`, `check_tokenizer` and `index_sources`.
+    """
+    config_path = prepare_run(config)
+    check_tokenizer(config.model)
+    index_sources(config.data)
+    if held_out := held_out_run(config):
+        index_sources(held_out.data)
+    return config_path
 
 
 def prepare_run(config: Config) -> Path:
@@ -111,45 +164,105 @@ def prepare_run(config: Config) -> Path:
     return path
 
 
-def launcher_command(config: Config, config_path: Path) -> list[str]:
-    """The deepspeed launcher's command line for this machine."""
+def launcher_command(config_path: Path, machines: Machines) -> list[str]:
+    """The deepspeed launcher's command line for this machine: what `deepspeed --no_ssh` would start on it.
+
+    Raises:
+        ConfigError: fewer GPUs than ranks.
+    """
     # Its half for one node; the half that searches for nodes would import torch and DeepSpeed once more.
-    ranks = config.engine.ranks
+    own, ranks = list(machines.slots.items())[machines.node_rank]
     given = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
     if given and len(given) < ranks:
         raise ConfigError(
             f"{ranks} ranks need as many GPUs, but CUDA_VISIBLE_DEVICES leaves {len(given)}",
-            where="engine.ranks",
+            where=f"engine.ranks, on {own}",
             remedy="start fewer ranks, or let them see more GPUs",
         )
-    nodes = {"localhost": given[:ranks] or list(range(ranks))}
+    # Of the others only the number of ranks matters here.
+    nodes = {host: list(range(slots)) for host, slots in machines.slots.items()} | {
+        own: given[:ranks] or list(range(ranks))
+    }
     return [
         sys.executable, "-m", "deepspeed.launcher.launch", "--quiet",
         f"--world_info={base64.urlsafe_b64encode(json.dumps(nodes).encode()).decode()}",
-        "--master_port", str(_free_port()),
+        f"--node_rank={machines.node_rank}",
+        "--master_addr", machines.master_address,
+        "--master_port", str(machines.master_port),
         "--no_local_rank", "--module", "megablip.train", str(config_path),
     ]  # fmt: skip
 
 
-class _StoppedBeforeStart(BaseException):
-    """A signal came while the launcher did not exist."""
+class StoppedBeforeStart(BaseException):
+    """A signal came while there were no ranks to save anything."""
+
+
+class KeptProcess:
+    """A process in a session of its own, which does not outlive this one.
+
+    However this process ends, kill -9 included, all of the other's group is
+    killed: ranks without a launcher would hold ports and GPU memory for ever.
+    A small third process sees to it; its standard input closes when this process ends.
+    """
+
+    _KEEPER = "import os, sys; group = int(sys.stdin.readline() or 0); sys.stdin.read(); group and os.killpg(group, 9)"
+
+    def __init__(self, command: list[str], environment: dict[str, str], ignore: tuple[int, ...] = ()):
+        nothing = subprocess.DEVNULL
+        self._keeper = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", self._KEEPER],
+            stdin=subprocess.PIPE, stdout=nothing, stderr=nothing, start_new_session=True,
+        )  # fmt: skip
+        self.process = subprocess.Popen(
+            command,
+            env=environment,
+            start_new_session=True,  # a Ctrl-C at the terminal must not reach it
+            preexec_fn=lambda: [signal.signal(number, signal.SIG_IGN) for number in ignore],
+        )
+        self._keeper.stdin.write(b"%d\n" % self.process.pid)
+        self._keeper.stdin.flush()
+
+    def members(self) -> list[psutil.Process]:
+        """The processes of its group; also when it has ended itself."""
+        found = []
+        for pid in psutil.pids():
+            with suppress(ProcessLookupError, psutil.Error):
+                if os.getpgid(pid) == self.process.pid:
+                    found.append(psutil.Process(pid))
+        return found
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        """Kill what has outlived the process itself."""
+        self.kill()
+        self._keeper.kill()
+        self._keeper.wait()
+        self._keeper.stdin.close()
 
 
 class RankGroup:
-    """The deepspeed launcher with its ranks, from before they exist until all have ended.
+    """The deepspeed launcher with this machine's ranks, from before they exist until all have ended.
 
     Signals to this process go to the ranks.  Before there are any, the first
     one ends everything, as nothing has been trained that could be saved; later
     the second one does.
 
     Use as a context manager, in the main thread.
+
+    Args:
+        patient: a second signal does nothing; for a process that is signalled by several others, of
+            whom the last one will kill it anyway.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, patient: bool = False) -> None:
         self.asked: list[int] = []
         """Signals that asked to stop."""
+        self._patient = patient
         self._starting = False
-        self._process: subprocess.Popen[bytes] | None = None
+        self._kept: KeptProcess | None = None
 
     def __enter__(self) -> RankGroup:
         self._previous = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
@@ -159,23 +272,35 @@ class RankGroup:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def run(self, command: list[str], environment: dict[str, str]) -> int:
-        """Start the launcher, wait until all has ended; its exit code."""
+    def run(self, config: Config, config_path: Path, machines: Machines, status: RunStatus) -> int:
+        """Start this machine's ranks, wait until all have ended; the launcher's exit code.
+
+        Args:
+            status: with the attempt that they belong to; they are killed when a newer one begins.
+        """
+        command = launcher_command(config_path, machines)
+        ranks = list(machines.slots.values())[machines.node_rank]
         self._starting = True
-        self._process = subprocess.Popen(
-            command,
-            env=environment,
-            start_new_session=True,  # a Ctrl-C at the terminal must not reach the launcher
-            # Were SIGUSR1 sent to all of a job, the launcher would die of it; the ranks catch it later.
-            preexec_fn=lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN),
-        )
+        # Were SIGUSR1 sent to all of a job, the launcher would die of it; the ranks catch it later.
+        self._kept = KeptProcess(command, _environment(config, ranks, status), ignore=(signal.SIGUSR1,))
         if self.asked:  # while it was being started
-            self._kill()
-        most, since = 0, None
+            self._kept.kill()
+        try:
+            return self._wait(lambda: status.superseded_by)
+        finally:
+            self._kept.close()
+
+    def _wait(self, superseded_by: Callable[[], dict[str, Any] | None]) -> int:
+        most, since, looked = 0, None, time.monotonic()
         while True:
             with suppress(subprocess.TimeoutExpired):
-                return self._process.wait(POLL_S)
-            ranks = _rank_processes(self._process.pid)
+                return self._kept.process.wait(POLL_S)
+            if time.monotonic() - looked > OWNER_S:
+                looked = time.monotonic()
+                if newer := superseded_by():
+                    print(f"attempt {newer.get('id')} has taken the run over; the ranks here are killed", flush=True)
+                    self._kept.kill()
+            ranks = self._ranks()
             most = max(most, len(ranks))
             # Ranks end together.  The launcher would wait 30 s for each one that does
             # not, one after the other, and a stopped one does not even see SIGTERM.
@@ -191,52 +316,43 @@ class RankGroup:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.asked.append(number)
         if not self._starting:
-            raise _StoppedBeforeStart
-        if self._process is None:
+            raise StoppedBeforeStart
+        if self._kept is None:
             return  # `run` looks as soon as it is there
-        ranks = _rank_processes(self._process.pid)
-        if len(self.asked) > 1 or not ranks:
-            self._kill()
+        ranks = self._ranks()
+        if not ranks or (len(self.asked) > 1 and not self._patient):
+            self._kept.kill()
+        elif len(self.asked) > 1:
+            return
         for rank in ranks:
             with suppress(psutil.Error):  # it may have ended by itself
                 rank.send_signal(signal.SIGTERM)
 
-    def _kill(self) -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+    def _ranks(self) -> list[psutil.Process]:
+        ranks = []
+        for process in self._kept.members():
+            with suppress(psutil.Error):
+                command = process.cmdline()
+                if "megablip.train" in command and not any("deepspeed.launcher" in word for word in command):
+                    ranks.append(process)
+        return ranks
 
 
-def _rank_processes(launcher_pid: int) -> list[psutil.Process]:
-    ranks = []
-    try:
-        children = psutil.Process(launcher_pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
-    for process in children:
-        try:
-            command = process.cmdline()
-        except psutil.Error:
-            continue
-        if "megablip.train" in command and not any("deepspeed.launcher" in word for word in command):
-            ranks.append(process)
-    return ranks
-
-
-def _environment(config: Config) -> dict[str, str]:
-    environment = os.environ | {STARTED: str(time.time() - process_age_s())}
+def _environment(config: Config, ranks: int, status: RunStatus) -> dict[str, str]:
+    environment = {STARTED: str(time.time() - process_age_s())} | os.environ
+    if status.attempt:
+        environment[ATTEMPT] = status.attempt
     if config.engine.threads:
         environment["OMP_NUM_THREADS"] = str(config.engine.threads)
     # Idle OpenMP threads that spin would take the other ranks' cores.
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not has_gpu():
         # On a CPU the launcher counts NUMA nodes as devices unless told.
-        environment["LOCAL_SIZE"] = str(config.engine.ranks)
+        environment["LOCAL_SIZE"] = str(ranks)
     return environment
 
 
 def _free_port() -> int:
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

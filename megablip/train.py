@@ -56,8 +56,7 @@ def main() -> None:
         if config.deterministic:
             make_deterministic()
         topology = init_distributed(config.engine.timeout_s, config.engine.threads)
-        if topology.is_first:
-            RunStatus(Path(config.run_dir)).begin(topology.world)
+        RunStatus.join(Path(config.run_dir), topology)
         clock.lap("JIT and rendezvous")
         guard = Guard(config, topology)
         run(config, topology, guard, stop, clock)
@@ -68,6 +67,7 @@ def main() -> None:
 def run(config: Config, topology: Topology, guard: Guard, stop: StopSignal, clock: StartClock) -> None:
     """Build the parts, begin or resume, train, save."""
     run_dir, say = Path(config.run_dir), topology.say
+    status = RunStatus.of_rank(run_dir)
     torch.manual_seed(config.seed + topology.rank)
     model_config = Blip3Config.of_run(config.model)
     check_attention(model_config.text_config)
@@ -75,7 +75,7 @@ def run(config: Config, topology: Topology, guard: Guard, stop: StopSignal, cloc
     export = ExportReader(config.model.path)
     check_sampler(export, model_config)
     base = base_of(export, model_config, topology)
-    store = CheckpointStore(run_dir / "checkpoints", config.checkpoint.keep, topology)
+    store = CheckpointStore(run_dir / "checkpoints", config.checkpoint.keep, topology, status)
     checkpoint = store.newest(say) if config.resume == "auto" else None
     progress, lane_states = Progress(), None
     if checkpoint:
@@ -121,12 +121,14 @@ def run(config: Config, topology: Topology, guard: Guard, stop: StopSignal, cloc
         trainer = Trainer(
             config, topology, engine, tower, objective, loader, saver, progress, recorder, stop, guard, health, say
         )
+        if topology.is_first:
+            status.update(ranks=topology.world, first_step=progress.step)
         try:
             outcome = trainer.train()
         finally:
             recorder.close()
     if topology.is_first:
-        RunStatus(run_dir).update(outcome=outcome, last_step=progress.step)
+        status.end(outcome, last_step=progress.step)
     guard.close()
     say(f"{outcome} at step {progress.step}: {progress.tokens} tokens, {progress.documents} documents")
     say(f"waited for data {recorder.data_wait_share:.1%} of the loop's time")

@@ -315,6 +315,7 @@ OPERATIONAL = {
     "health__data_limit_s": 5,
     "health__straggler_every_steps": 5,
     "health__straggler_ratio": 2.0,
+    "health__restarts_per_hour": 2,
 }
 IDENTITY = {
     "seed": 1,

@@ -45,6 +45,7 @@ import numpy as np
 
 from megablip.checkpoint.slices import rank_file
 from megablip.config import Config, parse_config, refuse_changes
+from megablip.engine.status import RunStatus
 from megablip.engine.topology import Topology
 from megablip.errors import CheckpointError
 
@@ -109,14 +110,20 @@ class CheckpointStore:
     Args:
         folder: RUN/checkpoints.
         keep: committed checkpoints that retention leaves.
+        status: of the run; a superseded attempt neither commits nor deletes. None: nobody else can be there.
     """
 
-    def __init__(self, folder: Path, keep: int, topology: Topology):
-        self._folder, self._keep, self._topology = folder, keep, topology
+    def __init__(self, folder: Path, keep: int, topology: Topology, status: RunStatus | None = None):
+        self._folder, self._keep, self._topology, self._status = folder, keep, topology, status
         self._damaged: set[Path] = set()
 
     def path(self, step: int) -> Path:
         return self._folder / f"step_{step:08d}"
+
+    def _staging(self, step: int) -> Path:
+        # What is left of an older attempt may still be writing the same step.
+        attempt = self._status and self._status.attempt
+        return self.path(step).with_suffix(f".{attempt}.tmp" if attempt else ".tmp")
 
     def write(
         self, step: int, write_rank_file: Callable[[Path], str | None], lane_states: dict[int, np.ndarray]
@@ -131,7 +138,7 @@ class CheckpointStore:
         Raises:
             OSError: it can't be written.
         """
-        staging = _staging(self.path(step))
+        staging = self._staging(step)
         staging.mkdir(parents=True, exist_ok=True)
         path = staging / rank_file(self._topology.rank)
         digest = write_rank_file(path)
@@ -146,9 +153,11 @@ class CheckpointStore:
 
         Raises:
             OSError: it can't be written; earlier checkpoints are untouched.
+            SupersededError: a newer attempt owns the run; nothing is touched.
         """
+        self._check_owner()
         final = self.path(step)
-        staging = _staging(final)
+        staging = self._staging(step)
         # What this run passed over as damaged must neither stand in for the new
         # checkpoint of its step nor count among those that retention leaves.
         for path in self._damaged | {final}:
@@ -171,6 +180,7 @@ class CheckpointStore:
         for path in parts:
             path.unlink()
         _sync_folder(staging)
+        self._check_owner()  # once more: hashing and syncing take their time
         os.rename(staging, final)
         _sync_folder(self._folder)
         _write_synced(final / _COMMITTED, hashlib.sha256(manifest).hexdigest().encode())
@@ -182,8 +192,14 @@ class CheckpointStore:
             (old / _COMMITTED).unlink()
             shutil.rmtree(old)
 
+    def _check_owner(self) -> None:
+        if self._status:
+            self._status.check_owner()
+
     def sweep(self) -> None:
         """Delete what saves that failed or were killed have left: on the first rank, while no rank writes."""
+        if self._status and self._status.superseded_by:
+            return
         for path in self._folder.glob("step_*"):
             if not (path / _COMMITTED).exists():
                 shutil.rmtree(path, ignore_errors=True)
@@ -364,10 +380,6 @@ def problems(folder: Path, part: int = 0, parts: int = 1) -> Iterator[str]:
 def _verify(folder: Path, part: int, parts: int) -> str | None:
     """The first problem, or None."""
     return next(problems(folder, part, parts), None)
-
-
-def _staging(final: Path) -> Path:
-    return final.with_suffix(".tmp")
 
 
 def _part_file(rank: int) -> str:

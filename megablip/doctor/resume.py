@@ -21,7 +21,7 @@ from megablip.doctor.result import Place, Result
 from megablip.doctor.synthetic import run_config
 from megablip.errors import MegablipError
 from megablip.launch import launch
-from megablip.metrics.board import read_metrics
+from megablip.metrics.points import read_metrics
 from megablip.records import MASTER, MOMENTS
 from megablip.tokens import PAD_TOKEN, VISION_TOKENS
 

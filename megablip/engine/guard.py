@@ -77,7 +77,7 @@ class Guard:
             # What broke the collective may be known in a moment, and then says more.
             time.sleep(TOLD_S)
         reason = f"{type(error).__name__}: {error}"
-        RunStatus(self._run_dir).fail(f"rank {self._topology.rank}: {reason}")
+        self._note(f"rank {self._topology.rank}: {reason}")
         self._channel.post(Verdict(reason, self._topology.rank))
         _leave()
 
@@ -100,7 +100,7 @@ class Guard:
         text = f"HangError: {error}"
         dump_stacks(self._stacks, what)
         self._say(text)
-        RunStatus(self._run_dir).fail(text)
+        self._note(text)
         self._channel.post(Verdict(text, self._topology.rank, dump_stacks=True))
         _leave()
 
@@ -109,8 +109,12 @@ class Guard:
             if verdict.dump_stacks:
                 dump_stacks(self._stacks, f"rank {verdict.rank}: {verdict.text.splitlines()[0]}")
             self._say(f"rank {verdict.rank} ended the run: {verdict.text}")
-        RunStatus(self._run_dir).fail(f"rank {verdict.rank}: {verdict.text}")
+        self._note(f"rank {verdict.rank}: {verdict.text}")
         _leave()
+
+    def _note(self, reason: str) -> None:
+        known = {"last_step": self._step} if self._steps else {}
+        RunStatus.of_rank(self._run_dir).fail(reason, **known)
 
     def _say(self, text: str) -> None:
         print(f"[rank {self._topology.rank}] {text}", file=sys.stderr, flush=True)

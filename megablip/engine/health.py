@@ -24,7 +24,7 @@ import torch
 from megablip.config import Config, HealthConfig, dump_config
 from megablip.data.loader import StepBatch
 from megablip.engine.symmetry import StepReport, StepReports, setup_signature
-from megablip.engine.topology import Topology
+from megablip.engine.topology import Topology, node_name
 from megablip.errors import DivergenceError
 
 # The median absolute deviation of a normal distribution is its standard deviation over this.
@@ -253,7 +253,7 @@ class StragglerReport:
 
     def __init__(self, topology: Topology, config: HealthConfig):
         self._config = config
-        self._hosts = topology.gather(os.uname().nodename)
+        self._hosts = topology.gather(node_name())
         self._scalars: dict[str, float] = {}
         self._begin()
 

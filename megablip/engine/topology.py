@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 from megablip.engine.startup import spare_builds
 
 _GPU_DEVICES = ("/dev/nvidiactl", "/dev/dxg")  # of Linux, and of Linux under Windows
+DEFAULT_PORT = 29500  # torch's own
 _FIRST_PORT, _PORTS = 10000, 20000  # below the range that systems give to outgoing connections
 
 
@@ -71,6 +72,11 @@ def has_gpu() -> bool:
     """Whether there is an NVIDIA GPU that is not hidden from this process; found without importing torch."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     return not hidden and any(Path(device).exists() for device in _GPU_DEVICES)
+
+
+def node_name() -> str:
+    """SLURM's name of this node, which may be another than the host's, or the host's."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def announce_cpu() -> None:
@@ -128,7 +134,7 @@ def init_distributed(timeout_s: int, threads: int = 0) -> Topology:
         local_rank=local_rank,
         device=torch.device("cuda", local_rank) if on_gpu else torch.device("cpu"),
     )
-    return replace(topology, ranks_per_node=_ranks_per_node(topology.gather(socket.gethostname())))
+    return replace(topology, ranks_per_node=_ranks_per_node(topology.gather(node_name())))
 
 
 def rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
@@ -143,11 +149,9 @@ def rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
     """
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
     address = first_host(nodes) if nodes else environment.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
-    port = 29500
+    port = DEFAULT_PORT
     if "SLURM_JOB_ID" in environment:
-        # The step's number too, by a prime: two steps of a job may share a node.
-        number = int(environment["SLURM_JOB_ID"]) + 7919 * int(environment.get("SLURM_STEP_ID", 0))
-        port = _FIRST_PORT + number % _PORTS
+        port = job_port(int(environment["SLURM_JOB_ID"]), int(environment.get("SLURM_STEP_ID", 0)))
     return {
         "RANK": environment.get("SLURM_PROCID", "0"),
         # SLURM_NTASKS is the whole allocation's in a batch script; a step has its own count.
@@ -158,10 +162,33 @@ def rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+def job_port(job: int, number: int) -> int:
+    """A port for the number-th thing that a SLURM job starts: two of them, and two jobs, may share a node."""
+    return _FIRST_PORT + (job + 7919 * number) % _PORTS  # a prime
+
+
 def first_host(nodes: str) -> str:
     """First name of a SLURM node list: `gpu[003-007,9],login1` gives `gpu003`."""
-    first = re.split(r",(?![^\[]*\])", nodes)[0]
-    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first)
+    return hosts_of(nodes)[0]
+
+
+def hosts_of(nodes: str) -> list[str]:
+    """All names of a SLURM node list: `gpu[08-10],login1` gives gpu08, gpu09, gpu10 and login1."""
+    hosts = []
+    for pattern in re.split(r",(?![^\[]*\])", nodes):
+        pieces = re.split(r"\[([^\]]*)\]", pattern)  # literal, ranges, literal, ranges, ...
+        choices = [_numbers(piece) if number % 2 else [piece] for number, piece in enumerate(pieces)]
+        hosts += ["".join(parts) for parts in itertools.product(*choices)]
+    return hosts
+
+
+def _numbers(ranges: str) -> list[str]:
+    """`003-005,9` gives 003, 004, 005 and 9."""
+    numbers = []
+    for part in ranges.split(","):
+        first, _, last = part.partition("-")
+        numbers += [str(number).zfill(len(first)) for number in range(int(first), int(last or first) + 1)]
+    return numbers
 
 
 def _ranks_per_node(hosts: list[str]) -> int:

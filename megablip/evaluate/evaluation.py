@@ -25,7 +25,7 @@ from megablip.evaluate.tasks import (
     share,
     shots_questions,
 )
-from megablip.metrics.board import read_metrics
+from megablip.metrics.points import read_metrics
 
 Task = Literal["reading", "conversation", "safety", "shots"]
 SHOTS = (0, 1, 2, 4, 8)

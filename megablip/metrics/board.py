@@ -8,13 +8,13 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
 from megablip.metrics.layout import custom_scalars
+from megablip.metrics.points import read_metrics
 
 
 class Board:
@@ -93,23 +93,6 @@ class Board:
         if not self._warned:
             print(f"metrics can't be written: {error}; training goes on", file=sys.stderr, flush=True)
         self._warned = True
-
-
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The points of RUN/metrics.jsonl; a line cut off by a crash is left out."""
-    try:
-        lines = (run_dir / "metrics.jsonl").read_text(errors="replace").splitlines()
-    except FileNotFoundError:
-        return []
-    points = []
-    for line in lines:
-        try:
-            point = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(point, dict) and isinstance(point.get("step"), int):
-            points.append(point)
-    return points
 
 
 class ProgressLine:

@@ -13,7 +13,7 @@ from megablip.checkpoint.commit import Checkpoint, committed, open_checkpoint
 from megablip.checkpoint.slices import SliceReader
 from megablip.config import identity_changes, load_config
 from megablip.errors import MegablipError
-from megablip.metrics.board import read_metrics
+from megablip.metrics.points import read_metrics
 from megablip.records import MASTER, MOMENTS
 from megablip.replay.batch import ReplayedStep, rebuild
 from megablip.replay.step import printable

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megablip.metrics.board import read_metrics
+from megablip.metrics.points import read_metrics
 from megablip.replay.batch import ReplayedStep, rebuild
 
 Weights = Literal["step", "checkpoint", "none"]

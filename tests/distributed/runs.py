@@ -14,7 +14,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from megablip.metrics.board import read_metrics
+from megablip.metrics.points import read_metrics
 from tests.data.builders import write_tar
 
 REPOSITORY = Path(__file__).parents[2]

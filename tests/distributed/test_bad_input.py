@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
-from megablip.metrics.board import read_metrics
+from megablip.metrics.points import read_metrics
 from tests.data.builders import write_tar
 from tests.distributed import runs
 

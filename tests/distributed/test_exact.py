@@ -16,7 +16,7 @@ import pytest
 
 from megablip.checkpoint.commit import open_checkpoint
 from megablip.data.lanes import LaneState
-from megablip.metrics.board import read_metrics
+from megablip.metrics.points import read_metrics
 from tests.distributed import runs
 from tests.distributed.exact import different
 from tests.distributed.ranks import run_ranks

@@ -10,7 +10,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megablip.checkpoint.slices import SliceReader
-from megablip.metrics.board import read_metrics
+from megablip.metrics.points import read_metrics
 from tests.distributed import runs
 
 STEPS = 6

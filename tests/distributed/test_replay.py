@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from megablip.cli import app
 from megablip.errors import ConfigError
-from megablip.metrics.board import read_metrics
+from megablip.metrics.points import read_metrics
 from megablip.records import PackedSequence
 from megablip.replay.batch import ReplayedSequence, ReplayedStep, Sample, rebuild
 from megablip.replay.diff import compare

@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from megablip.metrics.board import read_metrics
+from megablip.metrics.points import read_metrics
 from megablip.model.blip3 import Blip3ForConditionalGeneration
 from megablip.model.samplers import SAMPLERS
 from tests.data.builders import write_tar

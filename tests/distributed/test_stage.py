@@ -9,7 +9,7 @@ import pytest
 from megablip.config import load_config
 from megablip.errors import ConfigError
 from megablip.launch import prepare_run
-from megablip.metrics.board import read_metrics
+from megablip.metrics.points import read_metrics
 from tests.distributed import runs
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from megablip.checkpoint.slices import SliceReader
-from megablip.metrics.board import read_metrics
+from megablip.metrics.points import read_metrics
 from tests.distributed import runs
 from tests.distributed.ranks import run_ranks
 

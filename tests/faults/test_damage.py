@@ -10,7 +10,7 @@ import pytest
 
 from megablip.checkpoint.commit import committed, open_checkpoint
 from megablip.config import dump_config, load_config
-from megablip.metrics.board import read_metrics
+from megablip.metrics.points import read_metrics
 from tests.distributed import runs
 from tests.faults.victims import Nursery
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megablip.metrics.board import read_metrics
+from megablip.metrics.points import read_metrics
 from tests.distributed import runs
 from tests.faults.ranks import FaultyRun
 

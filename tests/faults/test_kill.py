@@ -17,7 +17,7 @@ import torch
 from megablip.checkpoint.commit import committed, open_checkpoint
 from megablip.checkpoint.slices import SliceReader
 from megablip.config import dump_config, load_config
-from megablip.metrics.board import read_metrics
+from megablip.metrics.points import read_metrics
 from tests.distributed import runs
 from tests.faults.victims import Nursery, Victim
 

@@ -20,7 +20,7 @@ import torch
 
 from megablip.checkpoint.commit import committed, open_checkpoint
 from megablip.checkpoint.slices import SliceReader
-from megablip.metrics.board import read_metrics
+from megablip.metrics.points import read_metrics
 from megablip.records import MASTER, MOMENTS
 from tests.distributed import runs
 

@@ -18,6 +18,7 @@ from megablip.errors import ConfigError
 
 SHIPPED = sorted(path.stem for path in PROFILES.glob("*.yaml"))
 SHELLCHECK = shutil.which("shellcheck", path=str(Path(sys.executable).parent)) or shutil.which("shellcheck")
+FOLDER = Path("/")
 HOSTILE = ["a b", "$(touch PWNED)", "`touch PWNED`", "a\nb", "'", '"', "\\", "; touch PWNED", "#SBATCH --wrap=x", "",
            "-x", "$HOME", "*", "!!", "é\t\x01", "{{ 7 * 7 }}", "{% raw %}"]  # fmt: skip
 words = st.lists(st.one_of(st.sampled_from(HOSTILE), st.text(st.characters(exclude_categories=["Cs"]))), max_size=5)
@@ -54,7 +55,9 @@ def test_scripts_are_sound_shell(name, tmp_path):
     for number, changes in enumerate([{}, fields]):
         for hostile in (["supervise", "run"], HOSTILE):
             path = tmp_path / f"{number}_{len(hostile)}.sh"
-            path.write_text(render_job(profile.model_copy(update=changes), name="x", nodes=2, command=hostile))
+            path.write_text(
+                render_job(profile.model_copy(update=changes), name="x", nodes=2, command=hostile, folder=FOLDER)
+            )
             paths.append(str(path))
     for command in (["bash", "-n"], [SHELLCHECK, "--severity=style"]):
         for path in [paths] if command[0] == SHELLCHECK else [[path] for path in paths]:
@@ -67,7 +70,7 @@ def test_scripts_are_sound_shell(name, tmp_path):
 def test_words_and_values_arrive_as_they_are(tmp_path, command, value):
     command, value = [without_zero(word) for word in command], without_zero(value)
     profile = profile_of(tmp_path, environment={"THE_VALUE": value})
-    script = render_job(profile, name=value, nodes=2, command=command)
+    script = render_job(profile, name=value, nodes=2, command=command, folder=FOLDER)
     given = ran(script, tmp_path)
     assert given[: 2 + len(command)] == ["-m", "launcher", *command]
     assert f"THE_VALUE={value}" in given
@@ -78,7 +81,7 @@ def test_words_and_values_arrive_as_they_are(tmp_path, command, value):
 @given(command=words, name=st.one_of(st.sampled_from(HOSTILE), st.text()))
 def test_slurm_reads_no_option_but_those_that_are_asked(command, name):
     profile = load_profile("plain")
-    script = render_job(profile, name=name, nodes=3, command=[without_zero(word) for word in command])
+    script = render_job(profile, name=name, nodes=3, command=[without_zero(word) for word in command], folder=FOLDER)
     head = script.partition("\nset -")[0].splitlines()
     asked = [line.removeprefix("#SBATCH ") for line in head if line.startswith("#SBATCH")]
     assert asked == sbatch_options(profile, name, 3)
@@ -87,14 +90,14 @@ def test_slurm_reads_no_option_but_those_that_are_asked(command, name):
 
 def test_a_zero_byte_is_refused():
     with pytest.raises(ConfigError, match="zero byte"):
-        render_job(load_profile("plain"), name="x", nodes=1, command=["a\x00b"])
+        render_job(load_profile("plain"), name="x", nodes=1, command=["a\x00b"], folder=FOLDER)
 
 
 def test_variables_expand_in_scratch_and_nothing_else_does(tmp_path):
     profile = profile_of(
         tmp_path, scratch="/a b/$WHO/${WHO}x/$(touch PWNED)`touch PWNED`$1", environment={"T1": "$WHO"}
     )
-    script = render_job(profile, name="x", nodes=1, command=[])
+    script = render_job(profile, name="x", nodes=1, command=[], folder=FOLDER)
     given = ran(script, tmp_path, {"WHO": "$(touch PWNED)", "PATH": "/usr/bin:/bin"})
     assert "TMPDIR=/a b/$(touch PWNED)/$(touch PWNED)x/$(touch PWNED)`touch PWNED`$1" in given
     assert "T1=$WHO" in given
@@ -104,7 +107,7 @@ def test_variables_expand_in_scratch_and_nothing_else_does(tmp_path):
 def test_a_variable_that_is_not_set_ends_the_job(tmp_path):
     profile = profile_of(tmp_path, scratch="/scratch/$NOBODY")
     path = tmp_path / "job.sbatch"
-    path.write_text(render_job(profile, name="x", nodes=1, command=[]))
+    path.write_text(render_job(profile, name="x", nodes=1, command=[], folder=FOLDER))
     done = subprocess.run(["bash", str(path)], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})
     assert done.returncode
     assert "NOBODY: unbound variable" in done.stderr
@@ -126,7 +129,7 @@ def test_what_is_asked_of_slurm():
         "--exclude=n[1-3],n7", "--signal=B:USR1@120", "--open-mode=append", "--exclusive", "--requeue", "--no-kill",
         "--reservation=us",
     ]  # fmt: skip
-    assert "export SRUN_CPUS_PER_TASK=64\n" in render_job(profile, name="x", nodes=1, command=[])
+    assert "export SRUN_CPUS_PER_TASK=64\n" in render_job(profile, name="x", nodes=1, command=[], folder=FOLDER)
 
 
 def test_a_node_without_gpus_asks_for_none():

@@ -16,7 +16,7 @@ from megablip.engine.symmetry import StepReport
 from megablip.engine.topology import Topology
 from megablip.metrics import recorder as module
 from megablip.metrics import sums, timing
-from megablip.metrics.board import read_metrics
+from megablip.metrics.points import read_metrics
 from megablip.metrics.recorder import Recorder
 from megablip.metrics.startup import StartClock
 from tests.minimal import RECIPE

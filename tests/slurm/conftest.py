@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from megablip.metrics.board import read_metrics
+from megablip.metrics.points import read_metrics
 from tests.distributed import runs
 from tests.slurm.cluster import Cluster, Missing, install
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megablip.metrics.board import read_metrics
+from megablip.metrics.points import read_metrics
 from tools.bench import engine_save
 from tools.bench.core import Row
 from tools.demo import RECIPES, REPOSITORY

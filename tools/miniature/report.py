@@ -15,7 +15,7 @@ import typer
 
 from megablip.evaluate.report import HEIGHT, WIDTH, curve
 from megablip.evaluate.tasks import conversation_questions
-from megablip.metrics.board import read_metrics
+from megablip.metrics.points import read_metrics
 from megablip.pages import write_page
 from tools.folders import complete_folder
 from tools.miniature.chain import STAGES

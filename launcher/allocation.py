@@ -1,0 +1,185 @@
+"""Where a supervised run gets its nodes from: a Slurm job, or this machine alone."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+from launcher.profile import ClusterProfile
+from megablip.engine.topology import hosts_of, job_port, node_name
+from megablip.errors import ConfigError, MegablipError
+
+# What `scontrol requeue` may bring back: neither a job that its user has cancelled, nor one that
+# is on its way back already.
+_REQUEUED_FROM = {"RUNNING", "TIMEOUT", "PREEMPTED"}
+_COMMAND_S = 60  # slurmctld may be busy
+_PORTS_TRIED = 100
+
+
+class SlurmError(MegablipError):
+    """A command of Slurm's that failed."""
+
+
+class Allocation(Protocol):
+    """The nodes of a run, and what can be asked of whoever lends them."""
+
+    def facts(self) -> dict[str, Any]:
+        """What an attempt in RUN/status.json says of it."""
+        ...
+
+    def usable_nodes(self) -> tuple[list[str], dict[str, str]]:
+        """Nodes that can be used now, in the order of ranks, and the others with what is wrong with them."""
+        ...
+
+    def step(self, nodes: list[str], words: list[str]) -> list[str]:
+        """A command line that runs `python WORDS` once on each of `nodes`, in this folder."""
+        ...
+
+    def meeting_place(self, nodes: list[str], number: int) -> tuple[str, int] | None:
+        """Address and port where the ranks of the number-th attempt on `nodes` meet; None: the node chooses."""
+        ...
+
+    def requeue(self, bad_nodes: Iterable[str]) -> str:
+        """Ask for the nodes once more, later and without the bad ones; in words, what will become of the run."""
+        ...
+
+
+class ThisMachine:
+    """This machine, without Slurm."""
+
+    def facts(self) -> dict[str, Any]:
+        return {"nodes": [node_name()]}
+
+    def usable_nodes(self) -> tuple[list[str], dict[str, str]]:
+        return [node_name()], {}
+
+    def step(self, nodes: list[str], words: list[str]) -> list[str]:
+        return [sys.executable, *words]
+
+    def meeting_place(self, nodes: list[str], number: int) -> tuple[str, int] | None:
+        return None
+
+    def requeue(self, bad_nodes: Iterable[str]) -> str:
+        return "start it again to go on"
+
+
+class SlurmJob:
+    """The job that this process is the batch step of.
+
+    Args:
+        job: its id.
+        restarts: how often it has been requeued.
+        profile: of the cluster.
+    """
+
+    def __init__(self, job: int, restarts: int, profile: ClusterProfile):
+        self.job, self._restarts, self._profile = job, restarts, profile
+
+    @classmethod
+    def here(cls, profile: ClusterProfile) -> SlurmJob:
+        """The job of this process.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        if "SLURM_JOB_ID" not in os.environ:
+            raise ConfigError("this is no Slurm job", remedy="submit one: python -m launcher slurm RECIPE --submit")
+        return cls(int(os.environ["SLURM_JOB_ID"]), int(os.environ.get("SLURM_RESTART_COUNT", 0)), profile)
+
+    def facts(self) -> dict[str, Any]:
+        return {"job": self.job, "restarts": self._restarts}
+
+    def usable_nodes(self) -> tuple[list[str], dict[str, str]]:
+        # Not SLURM_JOB_NODELIST: Slurm takes a node that is lost out of the job.
+        nodes = hosts_of(self._show("job", str(self.job))["NodeList"])
+        bad = {}
+        for node in nodes:
+            state = self._show("node", node).get("State", "UNKNOWN")
+            # IDLE, ALLOCATED+DRAIN, DOWN*: the star is of a node that does not answer.
+            if "*" in state or {"DOWN", "FAIL", "NOT_RESPONDING"} & set(re.split(r"[+*]", state)):
+                bad[node] = f"Slurm says {state}"
+        return [node for node in nodes if node not in bad], bad
+
+    def step(self, nodes: list[str], words: list[str]) -> list[str]:
+        return [*self.srun(nodes), *self._profile.step_command(words, Path.cwd())]
+
+    def srun(self, nodes: list[str]) -> list[str]:
+        """srun, and the options that make it start one task on each of `nodes`."""
+        return [
+            "srun", f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", "--ntasks-per-node=1",
+            f"--nodelist={','.join(nodes)}",
+            "--kill-on-bad-exit=1", "--wait=60",  # where a node's ranks have ended, the others' can only wait for them
+            "--cpu-bind=none",  # else all ranks of a node may share the one core of their one task
+            "--mpi=none", "--input=none", "--unbuffered",
+        ]  # fmt: skip
+
+    def meeting_place(self, nodes: list[str], number: int) -> tuple[str, int]:
+        facts = self._show("node", nodes[0])
+        address = facts.get("NodeAddr") or nodes[0]
+        port = job_port(self.job, number)
+        if nodes[0] == node_name():
+            port = next(
+                candidate
+                for candidate in (job_port(self.job, number + more) for more in range(_PORTS_TRIED))
+                if _is_free(candidate)
+            )
+        return address, port
+
+    def requeue(self, bad_nodes: Iterable[str]) -> str:
+        state = self.state()
+        if state not in _REQUEUED_FROM:
+            return f"Slurm has the job as {state}; it is left so"
+        try:
+            _slurm("scontrol", "requeue", str(self.job))
+        except SlurmError as error:
+            return f"the job can't be requeued, submit it again to go on: {error}"
+        told = f"job {self.job} is requeued"
+        if bad := sorted(bad_nodes):
+            try:
+                _slurm("scontrol", "update", f"JobId={self.job}", f"ExcNodeList={','.join(bad)}")
+                told += f" without {', '.join(bad)}"
+            except SlurmError as error:
+                told += f", but {', '.join(bad)} can't be excluded: {error}"
+        return told
+
+    def state(self) -> str:
+        """Such as RUNNING, CANCELLED, PENDING."""
+        return self._show("job", str(self.job))["JobState"]
+
+    def _show(self, kind: str, name: str) -> dict[str, str]:
+        text = _slurm("scontrol", "show", kind, name, "--oneliner")
+        return dict(re.findall(r"(?:^|\s)(\w+)=(\S*)", text))
+
+
+def _slurm(*command: str) -> str:
+    """Output of one of Slurm's commands.
+
+    Raises:
+        SlurmError: it is not there, or fails, or does not answer.
+    """
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_COMMAND_S)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise SlurmError(f"{command[0]}: {error}", remedy="see whether Slurm answers: scontrol ping") from None
+    if done.returncode:
+        raise SlurmError(
+            f"{' '.join(command)} ended with {done.returncode}: {done.stderr.strip() or done.stdout.strip()}",
+            remedy="see whether Slurm answers: scontrol ping",
+        )
+    return done.stdout
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("", port))
+        except OSError:
+            print(f"port {port} of {node_name()} is taken; trying another", file=sys.stderr)
+            return False
+    return True

@@ -1,0 +1,63 @@
+"""The job of one run: what stands in RUN/launch, and what its batch step does.
+
+recipe.yaml    resolved when the job was written, so that later edits don't change a job that waits
+profile.yaml   of the cluster
+job.sbatch     the script; Slurm's log comes beside it
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from launcher.allocation import SlurmJob
+from launcher.profile import dump_profile, load_profile
+from launcher.render import render_job
+from launcher.supervise import Supervisor
+from megablip.config import dump_config, load_config
+from megablip.errors import ConfigError
+
+FOLDER = "launch"
+
+
+def write_job(recipe: Path, overrides: list[str], profile_name: str, nodes: int) -> Path:
+    """Write the job of a recipe into its run directory; the script.
+
+    The profile says how many ranks a node has, unless `engine.ranks` is among the overrides.
+
+    Raises:
+        ConfigError: in recipe or profile, more ranks than lanes or GPUs, or a folder that can't be written.
+    """
+    profile = load_profile(profile_name)
+    if not any(override.partition("=")[0] == "engine.ranks" for override in overrides):
+        overrides = [*overrides, f"engine.ranks={profile.ranks}"]
+    config = load_config(recipe, overrides)
+    ranks = config.engine.ranks
+    if profile.gpus_per_node and ranks > profile.gpus_per_node:
+        raise ConfigError(
+            f"{ranks} ranks a node need as many GPUs, and a node has {profile.gpus_per_node}",
+            where=f"engine.ranks, profile {profile_name}",
+        )
+    if nodes * ranks > config.batch.lanes:
+        raise ConfigError(
+            f"{nodes} nodes of {ranks} ranks are more than the {config.batch.lanes} lanes, and each rank needs one",
+            where="batch.lanes",
+            remedy=f"ask for at most {max(config.batch.lanes // ranks, 1)} nodes, or begin a run with more lanes",
+        )
+    run_dir = Path(config.run_dir).resolve()
+    script = run_dir / FOLDER / "job.sbatch"
+    text = render_job(profile, name=run_dir.name, nodes=nodes, command=["supervise", str(run_dir)], folder=Path.cwd())
+    try:
+        script.parent.mkdir(parents=True, exist_ok=True)
+        (script.parent / "recipe.yaml").write_text(dump_config(config))
+        (script.parent / "profile.yaml").write_text(dump_profile(profile))
+        script.write_text(text)
+    except OSError as error:
+        raise ConfigError(f"the job can't be written: {error}", where=str(script.parent)) from None
+    return script
+
+
+def run_job(run_dir: Path) -> int:
+    """See the run of this job through; the exit code. On the first node of the job."""
+    folder = run_dir / FOLDER
+    job = SlurmJob.here(load_profile(folder / "profile.yaml"))
+    return Supervisor(load_config(folder / "recipe.yaml", []), job, at_once=False).run()

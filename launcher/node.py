@@ -1,0 +1,34 @@
+"""What runs once on each node: the deepspeed launcher's half for one node, with the ranks there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from launcher.nodes import find_machines
+from megablip.config import load_config
+from megablip.engine.status import ATTEMPT, EXIT_CODES, RunStatus
+from megablip.launch import RankGroup, StoppedBeforeStart
+
+
+def run_node(config_path: Path, hostfile: Path | None = None, master: tuple[str, int] | None = None) -> int:
+    """Start this node's ranks of a run that is prepared, and wait for them; the exit code.
+
+    Under `supervise` that is the deepspeed launcher's, so that srun ends the other nodes where
+    this one has failed; who is started by hand gets that of the run's outcome.
+
+    Args:
+        config_path: RUN/config.yaml.
+        hostfile, master: see `find_machines`.
+    """
+    supervised = ATTEMPT in os.environ
+    try:
+        # A job's end may be told by srun, by Slurm itself and by whoever cancels it.
+        with RankGroup(patient=supervised) as ranks:
+            config = load_config(config_path)
+            machines = find_machines(os.environ, config.engine.ranks, hostfile=hostfile, master=master)
+            status = RunStatus.of_rank(Path(config.run_dir))
+            return_code = ranks.run(config, config_path, machines, status)
+    except StoppedBeforeStart:
+        return EXIT_CODES["stopped"]
+    return return_code if supervised else EXIT_CODES[status.current.get("outcome", "failed")]

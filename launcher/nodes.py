@@ -1,0 +1,123 @@
+"""Which machines an attempt has, and which of them this one is.
+
+    SLURM      srun has started one process on each node: python -m launcher node RUN/config.yaml
+    torchrun   so has it, with --nproc-per-node 1
+    hostfile   somebody has, by hand or by a parallel shell: ... node RUN/config.yaml --hostfile HOSTS
+
+One function looks at all three, so what starts the ranks knows none of them.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+
+from megablip.engine.topology import DEFAULT_PORT, hosts_of, node_name, rendezvous
+from megablip.errors import ConfigError
+from megablip.launch import Machines
+
+
+def find_machines(
+    environment: Mapping[str, str], ranks: int, *, hostfile: Path | None = None, master: tuple[str, int] | None = None
+) -> Machines:
+    """The machines of this process's attempt.
+
+    Args:
+        environment: of this process.
+        ranks: of each machine, where no hostfile says otherwise.
+        hostfile: as DeepSpeed takes it; it wins over the environment.
+        master: address of the first machine and port there, where they are known better than the
+            environment tells.
+
+    Raises:
+        ConfigError: a hostfile that can't be read or lacks this machine; several processes on one
+            machine, which would each start all of its ranks.
+    """
+    if hostfile:
+        found = _of_hostfile(hostfile, environment)
+    elif "GROUP_RANK" in environment and "MASTER_ADDR" in environment:
+        found = _of_torchrun(environment, ranks)
+    elif "SLURM_STEP_NODELIST" in environment and "SLURM_NODEID" in environment:
+        found = _of_slurm(environment, ranks)
+    else:
+        found = Machines.alone(ranks)
+    if master:
+        return Machines(found.slots, found.node_rank, *master)
+    return found
+
+
+def _of_slurm(environment: Mapping[str, str], ranks: int) -> Machines:
+    tasks = environment.get("SLURM_STEP_TASKS_PER_NODE", "1")
+    if not re.fullmatch(r"1(\(x\d+\))?", tasks):
+        raise ConfigError(
+            f"srun starts {tasks} tasks a node, and each would start all ranks of its node",
+            where="SLURM_STEP_TASKS_PER_NODE",
+            remedy="start one: srun --ntasks-per-node=1",
+        )
+    hosts = hosts_of(environment["SLURM_STEP_NODELIST"])
+    meeting = rendezvous(environment)
+    return Machines(
+        dict.fromkeys(hosts, ranks),
+        int(environment["SLURM_NODEID"]),
+        meeting["MASTER_ADDR"],
+        int(meeting["MASTER_PORT"]),
+    )
+
+
+def _of_torchrun(environment: Mapping[str, str], ranks: int) -> Machines:
+    if environment.get("LOCAL_WORLD_SIZE", "1") != "1":
+        raise ConfigError(
+            f"torchrun starts {environment['LOCAL_WORLD_SIZE']} processes here, and each would start all ranks",
+            where="LOCAL_WORLD_SIZE",
+            remedy="start one: torchrun --nproc-per-node 1; or the ranks themselves: torchrun -m megablip.train",
+        )
+    nodes = int(environment["GROUP_WORLD_SIZE"])
+    # torchrun's agent keeps its own store at its port.
+    port = int(environment["MASTER_PORT"]) + 1
+    slots = {f"node {number}": ranks for number in range(nodes)}
+    return Machines(slots, int(environment["GROUP_RANK"]), environment["MASTER_ADDR"], port)
+
+
+def _of_hostfile(path: Path, environment: Mapping[str, str]) -> Machines:
+    slots = read_hostfile(path)
+    own = {node_name(), socket.gethostname()}
+    own |= {name.split(".")[0] for name in own}
+    places = [number for number, host in enumerate(slots) if host in own or host.split(".")[0] in own]
+    if len(places) != 1:
+        raise ConfigError(
+            f"the hostfile names this machine {len(places)} times",
+            where=f"{path}: {', '.join(slots)}; this is {' or '.join(sorted(own))}",
+            remedy="name each machine once, as `hostname` prints it there",
+        )
+    port = int(environment.get("MASTER_PORT", DEFAULT_PORT))
+    return Machines(slots, places[0], environment.get("MASTER_ADDR", next(iter(slots))), port)
+
+
+def read_hostfile(path: Path) -> dict[str, int]:
+    """Slots of each host of a DeepSpeed hostfile: lines such as `gpu7 slots=8`, and comments.
+
+    Raises:
+        ConfigError: it can't be read, or a line is none.
+    """
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the hostfile can't be read: {error}", where=str(path)) from None
+    slots: dict[str, int] = {}
+    for number, line in enumerate(lines, 1):
+        words = line.partition("#")[0].strip()
+        if not words:
+            continue
+        match = re.fullmatch(r"([^\s=]+)\s+slots=([1-9]\d{0,4})", words)
+        if not match or match[1] in slots:
+            raise ConfigError(
+                f"{words!r} names a host twice" if match else f"{words!r} is no host with its slots",
+                where=f"{path}, line {number}",
+                remedy="write one line for each host: NAME slots=RANKS",
+            )
+        slots[match[1]] = int(match[2])
+    if not slots:
+        raise ConfigError("the hostfile names no host", where=str(path))
+    return slots

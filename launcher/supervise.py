@@ -1,0 +1,238 @@
+"""The life of a run: attempts, one after the other, until it is finished, stopped or beyond help.
+
+    prepare once -> find usable nodes -> one process on each node -> wait -> read the outcome
+        finished   done
+        stopped    asked to (time limit, preemption, a user): saved; the job is requeued
+        failed     once more on the nodes that are left, unless it fails too often, or twice at the same step
+
+Under Slurm this is the batch step, on the first node of the job; `python -m
+launcher local` does the same on one machine.  The outcome is what the ranks
+wrote into RUN/status.json; no exit code on the way is trusted.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from contextlib import suppress
+from datetime import datetime, timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from launcher.allocation import Allocation
+from megablip.config import Config
+from megablip.engine.status import ATTEMPT, EXIT_CODES, RunStatus
+from megablip.errors import SupersededError
+from megablip.launch import OWNER_S, POLL_S, STOP_SIGNALS, KeptProcess, StoppedBeforeStart, conclude, prepare
+
+NO_NODE = 69  # sysexits.h EX_UNAVAILABLE
+AGAIN_S = 15.0  # a signal may be lost while Slurm is still starting the tasks, so it is repeated
+PAUSE_S = 5.0  # before another attempt
+
+
+class Supervisor:
+    """Sees one run through.
+
+    Args:
+        config: the recipe.
+        allocation: where its nodes come from.
+        at_once: a second signal ends everything without saving; under Slurm Slurm does that.
+    """
+
+    def __init__(self, config: Config, allocation: Allocation, at_once: bool):
+        self._config, self._allocation, self._at_once = config, allocation, at_once
+        self._run_dir = Path(config.run_dir)
+        self._asked: list[int] = []
+        self._may_raise = False
+        self._kept: KeptProcess | None = None
+        self._bad_nodes: dict[str, str] = {}
+        self._attempts_before = 0
+
+    def run(self) -> int:
+        """The exit code: 0 finished, 75 stopped, 1 failed, 69 no node can be used.
+
+        Raises:
+            ConfigError, ShardError: from `prepare`, before the first attempt.
+        """
+        previous = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
+        try:
+            if is_finished(self._config):
+                _say(f"{self._run_dir} is finished already")
+                return EXIT_CODES["finished"]
+            return self._live()
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _live(self) -> int:
+        self._attempts_before = len(RunStatus(self._run_dir).attempts)
+        try:
+            with self._stoppable():
+                config_path = prepare(self._config)
+            while True:
+                with self._stoppable():
+                    nodes = self._find_nodes()
+                if not nodes:
+                    return NO_NODE
+                attempt = self._attempt(config_path, nodes)
+                if attempt["outcome"] == "finished":
+                    return EXIT_CODES["finished"]
+                if self._asked or attempt["outcome"] == "stopped":
+                    return self._stop(attempt)
+                if why := self._hopeless():
+                    _say(why)
+                    return EXIT_CODES["failed"]
+                _say(f"attempt {attempt['id']} failed: {attempt.get('reason')}; once more in {PAUSE_S:.0f} s")
+                with self._stoppable():
+                    time.sleep(PAUSE_S)
+        except StoppedBeforeStart:
+            _say("stopped while no rank was there")
+            return self._stop({})
+        except SupersededError as error:
+            _say(str(error))
+            return EXIT_CODES["failed"]
+
+    def _find_nodes(self) -> list[str]:
+        nodes, bad = self._allocation.usable_nodes()
+        for node, reason in bad.items():
+            if node not in self._bad_nodes:
+                _say(f"{node} is left out: {reason}")
+        self._bad_nodes |= bad
+        if not nodes:
+            _say("no node can be used")
+        return nodes
+
+    def _attempt(self, config_path: Path, nodes: list[str]) -> dict[str, Any]:
+        """Start the ranks on some nodes and wait until they are gone; how it ended."""
+        status = RunStatus(self._run_dir)
+        meeting = self._allocation.meeting_place(nodes, len(status.attempts))
+        facts = {"nodes": nodes, "duration": str(self._config.duration)} | self._allocation.facts()
+        status.begin(ranks=len(nodes) * self._config.engine.ranks, **facts)
+        _say(f"attempt {status.attempt} on {', '.join(nodes)}")
+        words = ["-m", "launcher", "node", str(config_path.resolve())]
+        if meeting:
+            words += ["--master", f"{meeting[0]}:{meeting[1]}"]
+        code = self._wait(self._allocation.step(nodes, words), status)
+        attempt = conclude(status, asked=bool(self._asked), reason=f"exit code {code}")
+        _, lost = self._allocation.usable_nodes()
+        if lost and attempt["outcome"] == "failed":
+            status.update(lost=sorted(lost))
+        return status.current
+
+    def _wait(self, command: list[str], status: RunStatus) -> int:
+        self._kept = KeptProcess(command, os.environ | {ATTEMPT: status.attempt})
+        looked = told = 0.0
+        try:
+            while True:
+                with suppress(subprocess.TimeoutExpired):
+                    return self._kept.process.wait(POLL_S)
+                if time.monotonic() - looked > OWNER_S:
+                    looked = time.monotonic()
+                    status.check_owner()
+                if self._asked and time.monotonic() - told > AGAIN_S:
+                    told = time.monotonic()
+                    self._pass_on()
+        finally:
+            self._kept.close()
+            self._kept = None
+
+    def _stop(self, attempt: dict[str, Any]) -> int:
+        """The run has been stopped, and saved if there was anything to save."""
+        limit = self._config.stop_after_steps
+        if limit and attempt.get("last_step", 0) >= limit:
+            _say(f"stopped at step {attempt['last_step']}, as stop_after_steps says")
+        else:
+            _say(self._allocation.requeue(self._bad_nodes))
+        return EXIT_CODES["stopped"]
+
+    def _hopeless(self) -> str:
+        """Why another attempt would not help; empty if it may."""
+        attempts = RunStatus(self._run_dir).attempts
+        job = self._allocation.facts().get("job")
+        ours = [
+            attempt
+            for number, attempt in enumerate(attempts)
+            if number >= self._attempts_before or (job is not None and attempt.get("job") == job)
+        ]
+        failed = [attempt for attempt in ours if attempt["outcome"] == "failed"]
+        since = datetime.now().astimezone() - timedelta(hours=1)
+        recent = [attempt for attempt in failed if datetime.fromisoformat(attempt["ended"]) > since]
+        limit = self._config.health.restarts_per_hour
+        if len(recent) > limit:
+            return _diagnosis(f"the run failed {len(recent)} times within an hour", recent)
+        last = ours[-2:]
+        same = len(last) == 2 and all(attempt["outcome"] == "failed" and not attempt.get("lost") for attempt in last)
+        if same and _step(last[0]) == _step(last[1]):
+            return _diagnosis(f"the run failed twice {_where(last[0])}", last)
+        return ""
+
+    def _stoppable(self) -> _Stoppable:
+        return _Stoppable(self)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._asked.append(number)
+        if self._kept is None:
+            if self._may_raise:
+                raise StoppedBeforeStart
+        elif len(self._asked) == 1:
+            self._pass_on()
+        elif self._at_once:
+            self._kept.kill()
+
+    def _pass_on(self) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(self._kept.process.pid, signal.SIGUSR1)
+
+
+class _Stoppable:
+    """A part of a supervisor's work that a signal may break off."""
+
+    def __init__(self, supervisor: Supervisor):
+        self._supervisor = supervisor
+
+    def __enter__(self) -> None:
+        self._supervisor._may_raise = True
+        if self._supervisor._asked:
+            raise StoppedBeforeStart
+
+    def __exit__(self, *_: object) -> None:
+        self._supervisor._may_raise = False
+
+
+def is_finished(config: Config) -> bool:
+    """Whether a run's last attempt has done all that the recipe asks for."""
+    run_dir = Path(config.run_dir)
+    attempt = RunStatus(run_dir).current
+    return (
+        config.resume == "auto"
+        and attempt.get("outcome") == "finished"
+        and attempt.get("duration") == str(config.duration)
+        and (run_dir / "checkpoints" / f"step_{attempt.get('last_step', -1):08d}" / "COMMITTED").exists()
+    )
+
+
+def _step(attempt: dict[str, Any]) -> int | None:
+    """How many steps the run had done when an attempt ended; None if the ranks had not got so far as to know."""
+    return attempt.get("last_step")
+
+
+def _where(attempt: dict[str, Any]) -> str:
+    step = _step(attempt)
+    return "before its first step" if step is None else f"after step {step}"
+
+
+def _diagnosis(what: str, attempts: list[dict[str, Any]]) -> str:
+    lines = [f"{what}; it is not started once more"]
+    for attempt in attempts:
+        reason = str(attempt.get("reason", "no reason is known")).replace("\n", "\n      ")
+        lines.append(f"  attempt {attempt['id']} on {', '.join(attempt.get('nodes', []))}, {_where(attempt)}:")
+        lines.append(f"      {reason}")
+    lines.append("  to do: mend what the reasons name, then start it again; it goes on from its newest checkpoint")
+    return "\n".join(lines)
+
+
+def _say(text: str) -> None:
+    print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
