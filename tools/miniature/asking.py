@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from megablip.errors import MegablipError
@@ -82,8 +83,11 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for answers and figures; an earlier one is replaced.")],
     limit: Annotated[int, typer.Option(help="Items of each task.", min=1)] = 500,
     task: Annotated[list[str] | None, typer.Option(help="Some of the tasks; all without.")] = None,
+    threads: Annotated[int, typer.Option(help="Of torch; 0 leaves the choice to it.", min=0)] = 0,
 ) -> None:
     """Ask a model all held-out questions of the miniature."""
+    if threads:
+        torch.set_num_threads(threads)
     try:
         answers = all_answers(Answerer(model), test, limit, task or ())
         with complete_folder(out, "figures.json") as folder:

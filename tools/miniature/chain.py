@@ -1,4 +1,8 @@
-"""The chain of all stages in miniature: each starts from the export of the one before, and all are asked the same."""
+"""The chain of all stages in miniature: each starts from the export of the one before, and all are asked the same.
+
+They are asked when all are trained: no stage depends on answers, and two processes side by side use two cores better
+than one with two threads.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,10 @@ ASKED = dict.fromkeys(STAGES, (*READING, *CONVERSATIONS)) | {
     "pretrain": (*READING, "shots"),
     CONTROL: ("smudged", "clean"),
 }
+
+# Overrides of the recipe of dpo that make the control: the same adapters tuned on the chosen answers as conversations.
+# Half a sequence holds as many conversations as a sequence pairs, so a step sees as many pictures.
+CHOSEN_ALONE = ["stage=sft", "data.sources.0.schema=conversation", "data.sequence_length=192", "data.max_tiles=18"]
 
 
 @dataclass(frozen=True)
@@ -90,36 +98,25 @@ def stages(folder: Path, size: Size, seed: int, split: str = "test") -> list[Sta
             chain.append(Stage("pairs", pairs, module("tools.miniature.pairs", model, "--out", pairs,
                                                       "--questions", size.pairs, "--seed", seed)))  # fmt: skip
         shards = [f"data.sources.0.shards={pairs}/*.tar"] if stage == "dpo" else sources(stage, data / "train")
-        arguments = [f"seed={seed + 1}", *shards, *size.overrides[stage]]
-        questions = data / split, size.items
+        arguments = [f"model.path={model}", f"seed={seed + 1}", *shards, *size.overrides[stage]]
         if stage == "dpo":
-            # Half a sequence has as many conversations as a sequence has pairs, so its steps see as many pictures.
-            chosen = [
-                "stage=sft",
-                "data.sources.0.schema=conversation",
-                "data.sequence_length=192",
-                "data.max_tiles=18",
-            ]
-            chain += trained_and_asked(folder, CONTROL, "dpo", model, [*arguments, *chosen], *questions)
-        chain += trained_and_asked(folder, stage, stage, model, arguments, *questions)
+            chain += trained(folder / CONTROL, RECIPES / "dpo.yaml", [*arguments, *CHOSEN_ALONE])
+        chain += trained(folder / stage, RECIPES / f"{stage}.yaml", arguments)
         model = folder / f"{stage}_model"
+    for number, (name, tasks) in enumerate(ASKED.items()):
+        answers, questions = folder / f"{name}_answers", [word for task in tasks for word in ("--task", task)]
+        command = module("tools.miniature.asking", folder / f"{name}_model", data / split, "--out", answers,
+                         "--limit", size.items, "--threads", 1, *questions)  # fmt: skip
+        chain.append(Stage(f"{name}: ask", answers, command, beside=number % 2 == 0))
     report = folder / "report"
     command = module("tools.miniature.report", folder, "--split", split, "--out", report)
     return [*chain, Stage("report", report, command)]
 
 
-def trained_and_asked(
-    folder: Path, name: str, recipe: str, model: Path, arguments: list[str], questions: Path, items: int
-) -> list[Stage]:
-    """Train `model` by a recipe, export it, and put its tasks' questions to it."""
-    path, run, export, answers = (
-        RECIPES / f"{recipe}.yaml",
-        *(folder / f"{name}{end}" for end in ("", "_model", "_answers")),
-    )
-    tasks = [word for task in ASKED[name] for word in ("--task", task)]
+def trained(run: Path, recipe: Path, arguments: list[str]) -> list[Stage]:
+    """Train by a recipe in the folder `run`, and export to `run`_model."""
+    export = run.with_name(f"{run.name}_model")
     return [
-        Stage(name, run, megablip("train", path, f"run_dir={run}", f"model.path={model}", *arguments), reads=(path,)),
-        Stage(f"{name}: convert", export, megablip("convert", "zero-to-hf", run, export)),
-        Stage(f"{name}: ask", answers, module("tools.miniature.asking", export, questions, "--out", answers,
-                                              "--limit", items, *tasks)),
-    ]  # fmt: skip
+        Stage(run.name, run, megablip("train", recipe, f"run_dir={run}", *arguments), reads=(recipe,)),
+        Stage(f"{run.name}: convert", export, megablip("convert", "zero-to-hf", run, export)),
+    ]
