@@ -43,15 +43,16 @@ from typing import Any
 
 import numpy as np
 
-from megablip.checkpoint.slices import rank_file
+from megablip.checkpoint.slices import FileRecord, rank_file
 from megablip.config import Config, parse_config, refuse_changes
 from megablip.engine.status import RunStatus
 from megablip.engine.topology import Topology
 from megablip.errors import CheckpointError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _MANIFEST, _COMMITTED, _LATEST = "manifest.json", "COMMITTED", "latest"
 _DATA_STATE, _TRAINER_STATE = "data_state.npz", "trainer_state.json"
+_READ_BYTES = 1 << 20  # that are hashed at once
 
 
 @dataclass(frozen=True)
@@ -126,13 +127,12 @@ class CheckpointStore:
         return self.path(step).with_suffix(f".{attempt}.tmp" if attempt else ".tmp")
 
     def write(
-        self, step: int, write_rank_file: Callable[[Path], str | None], lane_states: dict[int, np.ndarray]
+        self, step: int, write_rank_file: Callable[[Path], FileRecord], lane_states: dict[int, np.ndarray]
     ) -> None:
         """Write this rank's part of a checkpoint; on return it is durable, and still no checkpoint.
 
         Args:
-            write_rank_file: writes this rank's slices to the given path; it may return the
-                file's SHA-256, if it has synced the file to disk.
+            write_rank_file: writes this rank's slices to the given path, and syncs the file to disk.
             lane_states: of the lanes this rank owns.
 
         Raises:
@@ -140,11 +140,10 @@ class CheckpointStore:
         """
         staging = self._staging(step)
         staging.mkdir(parents=True, exist_ok=True)
-        path = staging / rank_file(self._topology.rank)
-        digest = write_rank_file(path)
-        described = (path.name, {"size": path.stat().st_size, "sha256": digest}) if digest else _describe(path)
+        name = rank_file(self._topology.rank)
+        record = write_rank_file(staging / name)
         lanes = {lane: state.tolist() for lane, state in lane_states.items()}
-        part = {"file": described, "lanes": lanes}
+        part = {"file": (name, record), "lanes": lanes}
         _write_synced(staging / _part_file(self._topology.rank), json.dumps(part).encode())
         _sync_folder(staging)
 
@@ -174,7 +173,7 @@ class CheckpointStore:
             np.savez(stream, **dict(sorted(lanes.items())))
         trainer_state = {"format": FORMAT_VERSION, "step": step, "versions": _versions()} | trainer_state
         (staging / _TRAINER_STATE).write_text(json.dumps(trainer_state, indent=1))
-        files |= dict(_describe(staging / name) for name in (_DATA_STATE, _TRAINER_STATE))
+        files |= {name: _described(staging / name) for name in (_DATA_STATE, _TRAINER_STATE)}
         manifest = json.dumps({"format": FORMAT_VERSION, "files": files}, indent=1).encode()
         _write_synced(staging / _MANIFEST, manifest)
         for path in parts:
@@ -207,7 +206,7 @@ class CheckpointStore:
     def save(
         self,
         step: int,
-        write_rank_file: Callable[[Path], None],
+        write_rank_file: Callable[[Path], FileRecord],
         lane_states: dict[int, np.ndarray],
         trainer_state: dict[str, Any],
     ) -> Path:
@@ -356,8 +355,12 @@ def _open(folder: Path) -> Checkpoint:
     return Checkpoint(folder, trainer_state)
 
 
-def problems(folder: Path, part: int = 0, parts: int = 1) -> Iterator[str]:
-    """What is wrong with every parts-th file of a checkpoint, as the manifest tells; nothing if it is whole."""
+def problems(folder: Path, part: int = 0, parts: int = 1, *, weights_only: bool = False) -> Iterator[str]:
+    """What is wrong with every parts-th file of a checkpoint, as the manifest tells; nothing if it is whole.
+
+    Args:
+        weights_only: of the ranks' files look at the part with the weights, a third, and at the size.
+    """
     try:
         manifest = (folder / _MANIFEST).read_bytes()
         if hashlib.sha256(manifest).hexdigest().encode() != (folder / _COMMITTED).read_bytes():
@@ -368,10 +371,13 @@ def problems(folder: Path, part: int = 0, parts: int = 1) -> Iterator[str]:
         return
     for name, expected in files[part::parts]:
         try:
-            _, actual = _describe(folder / name, sync=False)
-            if actual["size"] != expected["size"]:
-                yield f"{name} has {actual['size']} bytes instead of {expected['size']}"
-            elif actual != expected:
+            length, digest = expected["size"], expected["sha256"]
+            size = (folder / name).stat().st_size
+            if weights_only and "weights" in expected:
+                length, digest = expected["weights"]["bytes"], expected["weights"]["sha256"]
+            if size != expected["size"]:
+                yield f"{name} has {size} bytes instead of {expected['size']}"
+            elif _sha256(folder / name, length) != digest:
                 yield f"{name} has another SHA-256 than when it was written"
         except (OSError, KeyError, TypeError) as error:
             yield f"{type(error).__name__}: {error}"
@@ -393,13 +399,22 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _describe(path: Path, sync: bool = True) -> tuple[str, dict[str, Any]]:
-    """(name, size and SHA-256) of a file, synced to disk first."""
+def _described(path: Path) -> FileRecord:
+    """A file, synced to disk first."""
     with path.open("rb") as stream:
-        if sync:
-            os.fsync(stream.fileno())
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        return path.name, {"size": os.fstat(stream.fileno()).st_size, "sha256": digest}
+        os.fsync(stream.fileno())
+    size = path.stat().st_size
+    return {"size": size, "sha256": _sha256(path, size)}
+
+
+def _sha256(path: Path, length: int) -> str:
+    """Of the first `length` bytes of a file."""
+    digest, left = hashlib.sha256(), length
+    with path.open("rb", buffering=0) as stream:
+        while left and (data := stream.read(min(left, _READ_BYTES))):
+            digest.update(data)
+            left -= len(data)
+    return digest.hexdigest()
 
 
 def _write_synced(path: Path, content: bytes) -> None:

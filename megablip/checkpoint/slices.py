@@ -13,15 +13,12 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from megablip.checkpoint.tensors import TensorFile
 from megablip.errors import CheckpointError
@@ -30,63 +27,74 @@ from megablip.records import MASTER, MOMENTS, LocalSlice
 _HEADER_KEY = "megablip.slices"
 _RNG = "rng"
 _STRETCH = 1 << 20  # elements that are hashed and written at once
+_ITEM_BYTES = {"F32": 4, "U8": 1}
+
+FileRecord = dict[str, Any]
+"""Of a file: its "size", its "sha256"; of a rank's, "weights" too: "bytes" and "sha256" of header and masters."""
 
 
-def write_slices(path: Path, slices: Iterable[LocalSlice], rng: dict[str, torch.Tensor]) -> None:
-    """One rank's file: its slices, and the states of its random number generators.
+def write_slices(
+    path: Path,
+    slices: Iterable[LocalSlice],
+    rng: Mapping[str, torch.Tensor] | None = None,
+    advance: Callable[[int], None] = lambda size: None,
+) -> FileRecord:
+    """Write one rank's file, a stretch at a time, and sync it to disk.
+
+    All masters come first, then the moments: who wants the weights alone reads, and
+    verifies, the beginning of the file.
+
+    Args:
+        slices: their tensors, contiguous and of any floating dtype, may be views of mapped files.
+        rng: states of the rank's random number generators, uint8 vectors by device type.
+        advance: told of each stretch's bytes.
+
+    Returns:
+        What the manifest keeps of the file.
 
     Raises:
         OSError: the file can't be written, for example because the disk is full.
     """
-    tensors = {f"{_RNG}|{device}": state for device, state in rng.items()}
-    extents = {}
-    for piece in slices:
-        extents[piece.name] = {"shape": piece.shape, "start": piece.start, "end": piece.end}
-        for kind, values in piece.tensors.items():
-            tensors[f"{piece.name}|{kind}"] = values
-    try:
-        save_file(tensors, path, metadata={_HEADER_KEY: json.dumps(extents)})
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
-
-
-def stream_slices(path: Path, slices: list[LocalSlice], advance: Callable[[int], None]) -> str:
-    """Write a rank's file of slices that lie in other files, a stretch at a time; its SHA-256.
-
-    Args:
-        slices: their tensors may be views of mapped files, and of any floating dtype.
-        advance: told of each stretch's bytes.
-
-    Raises:
-        OSError: the file can't be written.
-    """
+    slices = list(slices)
     extents = {piece.name: {"shape": piece.shape, "start": piece.start, "end": piece.end} for piece in slices}
     header: dict[str, Any] = {"__metadata__": {_HEADER_KEY: json.dumps(extents)}}
-    order = [(piece, kind) for kind in (MASTER, *MOMENTS) for piece in slices]  # as they lie in DeepSpeed's files
+    masters, rest = [], []
+    for kind in (MASTER, *MOMENTS):
+        for piece in slices:
+            if kind in piece.tensors:
+                place = masters if kind == MASTER else rest
+                place.append((f"{piece.name}|{kind}", "F32", piece.tensors[kind]))
+    rest += [(f"{_RNG}|{device}", "U8", state) for device, state in (rng or {}).items()]
     end = 0
-    for piece, kind in order:
-        begin, end = end, end + 4 * (piece.end - piece.start)
-        shape = [piece.end - piece.start]
-        header[f"{piece.name}|{kind}"] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+    for name, dtype, values in masters + rest:
+        begin, end = end, end + _ITEM_BYTES[dtype] * values.numel()
+        header[name] = {"dtype": dtype, "shape": [values.numel()], "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
+    digest, size = hashlib.sha256(), 0
     with path.open("wb", buffering=0) as file:
-        for data in chain([struct.pack("<Q", len(text)), text], _stretches(order)):
+
+        def write(data: bytes | memoryview) -> int:
             digest.update(data)
             view = memoryview(data)
             while view:
                 view = view[file.write(view) :]
             advance(len(data))
+            return len(data)
+
+        size = write(struct.pack("<Q", len(text)) + text)
+        size += sum(map(write, _stretches(masters)))
+        weights = {"bytes": size, "sha256": digest.hexdigest()}
+        size += sum(map(write, _stretches(rest)))
         os.fsync(file.fileno())
-    return digest.hexdigest()
+    return {"size": size, "sha256": digest.hexdigest(), "weights": weights}
 
 
-def _stretches(order: list[tuple[LocalSlice, str]]) -> Iterator[memoryview]:
-    for piece, kind in order:
-        for start in range(0, piece.end - piece.start, _STRETCH):
-            values = piece.tensors[kind][start : start + _STRETCH].float()
-            yield memoryview(values.view(torch.uint8).numpy())
+def _stretches(tensors: list[tuple[str, str, torch.Tensor]]) -> Iterator[memoryview]:
+    for _, dtype, values in tensors:
+        for start in range(0, values.numel(), _STRETCH):
+            stretch = values[start : start + _STRETCH]
+            yield memoryview((stretch.float() if dtype == "F32" else stretch).view(torch.uint8).numpy())
 
 
 @dataclass

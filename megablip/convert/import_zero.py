@@ -15,7 +15,7 @@ import torch
 from megablip.checkpoint.commit import CheckpointStore, committed
 from megablip.checkpoint.deepspeed_state import Shape, TrainingState
 from megablip.checkpoint.export import ExportReader, base_of
-from megablip.checkpoint.slices import stream_slices
+from megablip.checkpoint.slices import write_slices
 from megablip.checkpoint.writer import progress_bar
 from megablip.config import Config
 from megablip.engine.optimizer import decays, parameter_groups, part_of
@@ -124,7 +124,7 @@ def _write(
             def write(rank: int) -> None:
                 stores[rank].write(
                     state.step,
-                    lambda path: stream_slices(path, pieces[rank], lambda size: progress.advance(task, size)),
+                    lambda path: write_slices(path, pieces[rank], advance=lambda size: progress.advance(task, size)),
                     lane_states if rank == 0 else {},
                 )
 

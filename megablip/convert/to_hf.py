@@ -15,8 +15,8 @@ def zero_to_hf(source: Path, output: Path, dtype: str = "fp32", remote_code: boo
 
     The trained weights come from the ranks' files, the frozen ones (the tower's,
     or of a trained tower its pooling head), config, tokenizer and processor from the
-    export that the run began with; adapters are merged. The hashes of all files are
-    checked meanwhile.
+    export that the run began with; adapters are merged. The hashes of all that is
+    read are checked meanwhile.
 
     Args:
         source: a run directory (its newest checkpoint) or one checkpoint's folder.

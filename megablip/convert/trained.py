@@ -20,6 +20,7 @@ from megablip.convert.folders import read_json
 from megablip.convert.lora import Adapter, Merged
 from megablip.convert.sources import Joined
 from megablip.errors import CheckpointError
+from megablip.model.samplers import complete_settings
 
 _HASHING_THREADS = 2
 _A, _B = ".lora_A.default.weight", ".lora_B.default.weight"
@@ -49,14 +50,14 @@ class TrainedModel:
         return {} if self.model.grids is None else {"grids": self.model.grids}
 
     def checks(self) -> list[Callable[[], None]]:
-        """Together they hash every file that the weights come from; each can run on a thread of its own.
+        """Together they hash all that the weights come from; each can run on a thread of its own.
 
         They raise CheckpointError where one is not what it was when the checkpoint was made.
         """
         return [*(partial(self._check_files, part) for part in range(_HASHING_THREADS)), self._check_start]
 
     def _check_files(self, part: int) -> None:
-        problem = next(problems(self.folder, part, _HASHING_THREADS), None)
+        problem = next(problems(self.folder, part, _HASHING_THREADS, weights_only=True), None)
         if problem:
             raise CheckpointError(
                 f"the checkpoint can't be used: {problem}",
@@ -71,7 +72,7 @@ class TrainedModel:
                 where=str(self.start.where),
                 remedy="restore the folder; its hash stands in trainer_state.json",
             )
-        now = read_json(self.start.folder / "config.json").get("sampler")
+        now = complete_settings(read_json(self.start.folder / "config.json").get("sampler", {}))
         began = json.loads(self.base["sampler"])
         if now != began:
             raise CheckpointError(

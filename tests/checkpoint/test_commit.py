@@ -258,7 +258,7 @@ def test_another_format_is_refused(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(commit, "FORMAT_VERSION", 99)
         save(make_store(tmp_path), 1)
-    with pytest.raises(CheckpointError, match="format 99, this megablip reads 1"):
+    with pytest.raises(CheckpointError, match="format 99, this megablip reads"):
         make_store(tmp_path).newest(print)
 
 

@@ -146,7 +146,7 @@ class HeldWrites:
             if int(path.parent.stem.removeprefix("step_")) in self.fail:
                 path.write_bytes(b"half")
                 raise self.error
-        write_slices(path, slices, rng)
+        return write_slices(path, slices, rng)
 
 
 def test_steps_that_are_due_are_saved_and_the_last(tmp_path):
@@ -264,7 +264,7 @@ def test_the_end_tries_again_what_failed_in_flight(tmp_path, monkeypatch):
         tries.append(path.name)
         if tries.count(path.name) == 1:
             raise OSError(errno.ENOSPC, "No space left on device")
-        write_slices(path, slices, rng)
+        return write_slices(path, slices, rng)
 
     monkeypatch.setattr(saver_module, "write_slices", write)
     run = Run(tmp_path, 5, every_steps=5).go()

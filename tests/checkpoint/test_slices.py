@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from megablip.checkpoint.slices import SliceReader, rank_file, write_slices
 from megablip.errors import CheckpointError
@@ -131,6 +132,32 @@ def test_a_cut_file_is_refused(tmp_path, keep):
     with pytest.raises(CheckpointError, match="can't be read") as caught:
         SliceReader(tmp_path)
     assert rank_file(0) in caught.value.where
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 9), st.booleans()), max_size=5))
+def test_the_masters_lie_at_the_beginning(tmp_path_factory, sizes):
+    """Of a file that safetensors itself reads, too; its record tells how far they reach."""
+    path = tmp_path_factory.mktemp("file") / rank_file(0)
+    slices = [
+        LocalSlice(f"w{i}", (n,), 0, n, {kind: torch.arange(n) + float(i) for kind in (KINDS if moments else [MASTER])})
+        for i, (n, moments) in enumerate(sizes)
+    ]
+    told: list[int] = []
+    record = write_slices(path, slices, {"cpu": torch.arange(5, dtype=torch.uint8)}, told.append)
+    content = path.read_bytes()
+    assert record["size"] == sum(told) == len(content)
+    assert record["sha256"] == hashlib.sha256(content).hexdigest()
+    reach = record["weights"]["bytes"]
+    assert record["weights"]["sha256"] == hashlib.sha256(content[:reach]).hexdigest()
+    assert reach == 8 + int.from_bytes(content[:8], "little") + 4 * sum(n for n, _ in sizes)
+    stored = load_file(path)
+    for piece in slices:
+        for kind, values in piece.tensors.items():
+            assert torch.equal(stored[f"{piece.name}|{kind}"], values)
+    reader, cut = SliceReader(path.parent), content[:reach] + bytes(len(content) - reach)
+    path.write_bytes(cut)
+    assert all(torch.equal(reader.whole(piece.name), piece.tensors[MASTER]) for piece in slices)
 
 
 def test_a_file_that_can_not_be_written_is_an_os_error(tmp_path):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from megablip.checkpoint import writer
-from megablip.checkpoint.commit import CheckpointStore
+from megablip.checkpoint.commit import CheckpointStore, problems
 from megablip.checkpoint.export import ExportReader, base_of, file_hash, first_weights
 from megablip.checkpoint.slices import rank_file, write_slices
 from megablip.config import dump_config, parse_config
@@ -22,7 +22,7 @@ from megablip.convert import sources
 from megablip.convert.to_hf import zero_to_hf
 from megablip.errors import CheckpointError, ConfigError
 from megablip.model.blip3 import Blip3Config, Blip3ForConditionalGeneration
-from megablip.records import MASTER, LocalSlice
+from megablip.records import MASTER, MOMENTS, LocalSlice
 from tests.checkpoint.alone import Alone
 from tests.minimal import RECIPE
 from tests.model.tiny import tiny_config, tiny_model
@@ -55,13 +55,19 @@ def run_dir(tmp_path, start, trained):
     return make_run(tmp_path / "run", start, trained)
 
 
-def make_run(folder, start, weights, **model):
-    """A run directory with one committed checkpoint of `weights`."""
+def make_run(folder, start, weights, moments=None, **model):
+    """A run directory with one committed checkpoint of `weights`; `moments` are their first ones, of some."""
     folder.mkdir()
     config = parse_config(RECIPE | {"run_dir": str(folder), "model": {"path": str(start)} | model}, "test")
     (folder / "config.yaml").write_text(dump_config(config))
     slices = [
-        LocalSlice(name, tuple(value.shape), 0, value.numel(), {MASTER: value.flatten().clone()})
+        LocalSlice(
+            name,
+            tuple(value.shape),
+            0,
+            value.numel(),
+            {MASTER: value.flatten().clone()} | ({MOMENTS[0]: moments[name]} if name in (moments or {}) else {}),
+        )
         for name, value in weights.items()
     ]
     base = base_of(ExportReader(start), Blip3Config.from_pretrained(start))
@@ -200,6 +206,21 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, run_dir):
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"rank_00000\.safetensors has another SHA-256"):
         zero_to_hf(run_dir, tmp_path / "out")
+
+
+def test_moments_are_neither_read_nor_hashed_for_the_weights(tmp_path, start, trained):
+    """What they suffer is for `verify` and for a resumed run to find."""
+    moments = {"sampler.latents": torch.full_like(trained["sampler.latents"], 0.5).flatten()}
+    run_dir = make_run(tmp_path / "run", start, trained, moments)
+    folder = run_dir / "checkpoints" / "step_00000003"
+    path = folder / "rank_00000.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert list(problems(folder)) == ["rank_00000.safetensors has another SHA-256 than when it was written"]
+    zero_to_hf(run_dir, tmp_path / "out")
+    path.write_bytes(content[:-1])
+    with pytest.raises(CheckpointError, match=f"its tensors end at byte {len(content)}"):
+        zero_to_hf(run_dir, tmp_path / "other")
 
 
 def test_a_run_without_checkpoint_is_named(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tools.bench import __main__ as command
-from tools.bench import rivals
+from tools.bench import rivals, vision
 from tools.bench.core import Rival, Row, median_seconds, run
 
 FAST = Row("fast", 4.0, "ms", "lower", goal=2.0, rival=Rival("other", 10.0))
@@ -68,6 +68,24 @@ def test_the_median_leaves_out_the_warm_up_and_one_bad_moment(monkeypatch):
         now[0] += next(durations)
 
     assert median_seconds({"it": variant}) == {"it": 2}
+
+
+def test_both_sides_of_the_vision_bench_compute_the_same(monkeypatch):
+    """At a small size; what it measures otherwise takes minutes."""
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    monkeypatch.setattr(vision, "SIGLIP", vision.SIGLIP | small)
+    monkeypatch.setattr(vision, "TILES", 3)
+    monkeypatch.setattr(vision, "DECODER_WIDTH", 16)
+
+    def once(sides):
+        for side in sides.values():
+            side()
+        return dict.fromkeys(sides, 1.0)
+
+    monkeypatch.setattr(vision, "median_seconds", once)
+    rows = {row.name: row for row in vision.rows()}
+    assert all(row.ok for row in rows.values())
+    assert set(rows) == {f"{what}{of}" for what in ("sampler", "tower_and_sampler") for of in ("", "_gradient_error")}
 
 
 def test_few_repeats_are_refused():

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from megablip.model.blip3 import Blip3Config
 from megablip.model.samplers import PerceiverResampler
 from megablip.model.vision import encode_tiles, freeze
 from tools.bench.core import Rival, Row, median_seconds
@@ -23,6 +22,7 @@ TILES, PADDED_TILES = 12, 2
 SIGLIP = {
     "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16,
     "image_size": 384, "patch_size": 14, "vision_use_head": False,
+    "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
 }  # fmt: skip
 DECODER_WIDTH = 3072
 
@@ -71,7 +71,7 @@ def compared(name: str, sides: dict, modules: tuple[nn.Module, nn.Module]) -> li
 
 
 def samplers() -> tuple[PerceiverResampler, PlainSampler]:
-    sizes = Blip3Config().sampler
+    sizes = PerceiverResampler.defaults()
     torch.manual_seed(0)
     ours = PerceiverResampler(dim=SIGLIP["hidden_size"], output_dim=DECODER_WIDTH, **sizes).to(torch.bfloat16)
     theirs = PlainSampler(sizes).to(torch.bfloat16)
