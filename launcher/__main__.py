@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -39,12 +40,29 @@ def local(recipe: Recipe, overrides: Overrides = None) -> None:
 
 
 @app.command("print")
-def print_command(recipe: Recipe, overrides: Overrides = None) -> None:
-    """Check a recipe, write its resolved form into the run directory, and print the command that starts the ranks."""
-    from megablip.launch import Machines, launcher_command, prepare_run
+def print_command(recipe: Recipe, overrides: Overrides = None, hostfile: Hostfile = None) -> None:
+    """Check a recipe, write its resolved form into the run directory, and print what starts the ranks.
+
+    That is one command for each machine: this one alone, those of a hostfile, or inside a Slurm job its nodes.
+    """
+    from launcher.nodes import all_machines
+    from megablip.launch import launcher_command, prepare_run
 
     config = load_config(recipe, overrides or [])
-    print(shlex.join(launcher_command(prepare_run(config), Machines.alone(config.engine.ranks))))
+    path = prepare_run(config)
+    machines = all_machines(config.engine.ranks, hostfile)
+    for number, host in enumerate(machines.slots):
+        if len(machines.slots) > 1:
+            print(f"# {host}")
+        print(shlex.join(launcher_command(path, replace(machines, node_rank=number))))
+
+
+@app.command()
+def status(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="run directory")]) -> None:
+    """Show a run's attempts: when, where, from which step to which, loss and speed, how each ended and why."""
+    from launcher.status import show_status
+
+    show_status(run_dir)
 
 
 @app.command()

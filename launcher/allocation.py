@@ -14,10 +14,12 @@ from typing import Any, Protocol
 from launcher.profile import ClusterProfile
 from megablip.engine.topology import hosts_of, job_port, node_name
 from megablip.errors import ConfigError, MegablipError
+from megablip.launch import lives_here
 
 # What `scontrol requeue` may bring back: neither a job that its user has cancelled, nor one that
 # is on its way back already.
 _REQUEUED_FROM = {"RUNNING", "TIMEOUT", "PREEMPTED"}
+_ALIVE = {"RUNNING", "SUSPENDED", "COMPLETING", "STOPPED"}
 _COMMAND_S = 60  # slurmctld may be busy
 _PORTS_TRIED = 100
 
@@ -45,6 +47,10 @@ class Allocation(Protocol):
         """Address and port where the ranks of the number-th attempt on `nodes` meet; None: the node chooses."""
         ...
 
+    def is_alive(self, attempt: dict[str, Any]) -> str:
+        """Whether another attempt may still be training, in words; empty if not."""
+        ...
+
     def requeue(self, bad_nodes: Iterable[str]) -> str:
         """Ask for the nodes once more, later and without the bad ones; in words, what will become of the run."""
         ...
@@ -64,6 +70,9 @@ class ThisMachine:
 
     def meeting_place(self, nodes: list[str], number: int) -> tuple[str, int] | None:
         return None
+
+    def is_alive(self, attempt: dict[str, Any]) -> str:
+        return lives_here(attempt)
 
     def requeue(self, bad_nodes: Iterable[str]) -> str:
         return "start it again to go on"
@@ -116,7 +125,7 @@ class SlurmJob:
             f"--nodelist={','.join(nodes)}",
             "--kill-on-bad-exit=1", "--wait=60",  # where a node's ranks have ended, the others' can only wait for them
             "--cpu-bind=none",  # else all ranks of a node may share the one core of their one task
-            "--mpi=none", "--input=none", "--unbuffered",
+            "--mpi=none", "--input=none",
         ]  # fmt: skip
 
     def meeting_place(self, nodes: list[str], number: int) -> tuple[str, int]:
@@ -130,6 +139,16 @@ class SlurmJob:
                 if _is_free(candidate)
             )
         return address, port
+
+    def is_alive(self, attempt: dict[str, Any]) -> str:
+        job = attempt.get("job")
+        if job is None or job == self.job:  # what an earlier start of this job has left is superseded
+            return ""
+        try:
+            state = self._show("job", str(job)).get("JobState")
+        except SlurmError:  # Slurm has forgotten it
+            return ""
+        return f"job {job} is {state}" if state in _ALIVE else ""
 
     def requeue(self, bad_nodes: Iterable[str]) -> str:
         state = self.state()

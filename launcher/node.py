@@ -8,6 +8,8 @@ from pathlib import Path
 from launcher.nodes import find_machines
 from megablip.config import load_config
 from megablip.engine.status import ATTEMPT, EXIT_CODES, RunStatus
+from megablip.engine.topology import node_name
+from megablip.errors import MegablipError
 from megablip.launch import RankGroup, StoppedBeforeStart
 
 
@@ -22,13 +24,17 @@ def run_node(config_path: Path, hostfile: Path | None = None, master: tuple[str,
         hostfile, master: see `find_machines`.
     """
     supervised = ATTEMPT in os.environ
+    status = RunStatus.of_rank(config_path.parent)
     try:
         # A job's end may be told by srun, by Slurm itself and by whoever cancels it.
         with RankGroup(patient=supervised) as ranks:
             config = load_config(config_path)
             machines = find_machines(os.environ, config.engine.ranks, hostfile=hostfile, master=master)
-            status = RunStatus.of_rank(Path(config.run_dir))
             return_code = ranks.run(config, config_path, machines, status)
     except StoppedBeforeStart:
         return EXIT_CODES["stopped"]
+    except MegablipError as error:
+        if supervised:
+            status.fail(f"node {node_name()}: {error}")
+        raise
     return return_code if supervised else EXIT_CODES[status.current.get("outcome", "failed")]

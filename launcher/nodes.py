@@ -9,12 +9,13 @@ One function looks at all three, so what starts the ranks knows none of them.
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 from collections.abc import Mapping
 from pathlib import Path
 
-from megablip.engine.topology import DEFAULT_PORT, hosts_of, node_name, rendezvous
+from megablip.engine.topology import DEFAULT_PORT, hosts_of, job_port, node_name, rendezvous
 from megablip.errors import ConfigError
 from megablip.launch import Machines
 
@@ -46,6 +47,21 @@ def find_machines(
     if master:
         return Machines(found.slots, found.node_rank, *master)
     return found
+
+
+def all_machines(ranks: int, hostfile: Path | None = None) -> Machines:
+    """The machines that an attempt would have which is started from here; for a reader, who may be on another one.
+
+    Raises:
+        ConfigError: a hostfile that can't be read.
+    """
+    if hostfile:
+        slots = read_hostfile(hostfile)
+        return Machines(slots, 0, next(iter(slots)), DEFAULT_PORT)
+    if nodes := os.environ.get("SLURM_JOB_NODELIST"):
+        hosts = hosts_of(nodes)
+        return Machines(dict.fromkeys(hosts, ranks), 0, hosts[0], job_port(int(os.environ["SLURM_JOB_ID"]), 0))
+    return Machines.alone(ranks)
 
 
 def _of_slurm(environment: Mapping[str, str], ranks: int) -> Machines:

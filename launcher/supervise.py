@@ -26,11 +26,21 @@ from launcher.allocation import Allocation
 from megablip.config import Config
 from megablip.engine.status import ATTEMPT, EXIT_CODES, RunStatus
 from megablip.errors import SupersededError
-from megablip.launch import OWNER_S, POLL_S, STOP_SIGNALS, KeptProcess, StoppedBeforeStart, conclude, prepare
+from megablip.launch import (
+    OWNER_S,
+    POLL_S,
+    STOP_SIGNALS,
+    KeptProcess,
+    StoppedBeforeStart,
+    claim,
+    conclude,
+    prepare,
+)
 
 NO_NODE = 69  # sysexits.h EX_UNAVAILABLE
 AGAIN_S = 15.0  # a signal may be lost while Slurm is still starting the tasks, so it is repeated
 PAUSE_S = 5.0  # before another attempt
+IDLE_STOPS = 5  # in a row, without a step in between: the time limit is too short, or preemption too frequent
 
 
 class Supervisor:
@@ -71,6 +81,7 @@ class Supervisor:
         self._attempts_before = len(RunStatus(self._run_dir).attempts)
         try:
             with self._stoppable():
+                claim(self._config, self._allocation.is_alive)
                 config_path = prepare(self._config)
             while True:
                 with self._stoppable():
@@ -80,17 +91,17 @@ class Supervisor:
                 attempt = self._attempt(config_path, nodes)
                 if attempt["outcome"] == "finished":
                     return EXIT_CODES["finished"]
-                if self._asked or attempt["outcome"] == "stopped":
-                    return self._stop(attempt)
                 if why := self._hopeless():
                     _say(why)
                     return EXIT_CODES["failed"]
+                if self._asked or attempt["outcome"] == "stopped":
+                    return self._stop(attempt)
                 _say(f"attempt {attempt['id']} failed: {attempt.get('reason')}; once more in {PAUSE_S:.0f} s")
                 with self._stoppable():
                     time.sleep(PAUSE_S)
         except StoppedBeforeStart:
             _say("stopped while no rank was there")
-            return self._stop({})
+            return self._stop({"outcome": "stopped"})
         except SupersededError as error:
             _say(str(error))
             return EXIT_CODES["failed"]
@@ -117,9 +128,10 @@ class Supervisor:
             words += ["--master", f"{meeting[0]}:{meeting[1]}"]
         code = self._wait(self._allocation.step(nodes, words), status)
         attempt = conclude(status, asked=bool(self._asked), reason=f"exit code {code}")
-        _, lost = self._allocation.usable_nodes()
-        if lost and attempt["outcome"] == "failed":
-            status.update(lost=sorted(lost))
+        if attempt["outcome"] == "failed":
+            left, _ = self._allocation.usable_nodes()
+            if lost := [node for node in nodes if node not in left]:
+                status.update(lost=lost)
         return status.current
 
     def _wait(self, command: list[str], status: RunStatus) -> int:
@@ -146,7 +158,7 @@ class Supervisor:
             _say(f"stopped at step {attempt['last_step']}, as stop_after_steps says")
         else:
             _say(self._allocation.requeue(self._bad_nodes))
-        return EXIT_CODES["stopped"]
+        return EXIT_CODES[attempt["outcome"]]
 
     def _hopeless(self) -> str:
         """Why another attempt would not help; empty if it may."""
@@ -167,6 +179,12 @@ class Supervisor:
         same = len(last) == 2 and all(attempt["outcome"] == "failed" and not attempt.get("lost") for attempt in last)
         if same and _step(last[0]) == _step(last[1]):
             return _diagnosis(f"the run failed twice {_where(last[0])}", last)
+        idle = ours[-IDLE_STOPS:]
+        if len(idle) == IDLE_STOPS and all(
+            attempt["outcome"] == "stopped" and attempt.get("last_step") == attempt.get("first_step")
+            for attempt in idle
+        ):
+            return _diagnosis(f"the run was stopped {IDLE_STOPS} times without a single step", idle)
         return ""
 
     def _stoppable(self) -> _Stoppable:

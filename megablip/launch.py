@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -33,7 +34,7 @@ from megablip.data.samples import index_sources
 from megablip.data.shards import expand_shards
 from megablip.engine.ds_config import read_ds_config
 from megablip.engine.status import ATTEMPT, EXIT_CODES, RunStatus
-from megablip.engine.topology import has_gpu
+from megablip.engine.topology import has_gpu, node_name
 from megablip.errors import ConfigError
 from megablip.metrics.points import last_step
 from megablip.metrics.startup import STARTED, process_age_s
@@ -77,6 +78,7 @@ def launch(recipe: Path, overrides: list[str]) -> int:
     try:
         with RankGroup() as ranks:
             config = load_config(recipe, overrides)
+            claim(config, lives_here)
             config_path = prepare(config)
             status = RunStatus(Path(config.run_dir))
             status.begin(ranks=config.engine.ranks)
@@ -84,11 +86,13 @@ def launch(recipe: Path, overrides: list[str]) -> int:
     except StoppedBeforeStart:
         print("stopped before the ranks had started")
         return EXIT_CODES["stopped"]
-    reason = "left at once at a second signal, without saving" if len(ranks.asked) > 1 else None
-    conclude(
-        status, asked=bool(ranks.asked), reason=reason or f"they did not say why (launcher's exit code {return_code})"
-    )
-    return EXIT_CODES[status.current["outcome"]]
+    reason = f"they did not say why (exit code {return_code} of their launcher)"
+    if len(ranks.asked) > 1:
+        reason = "left at once at a second signal, without saving"
+    attempt = conclude(status, asked=bool(ranks.asked), reason=reason)
+    if "first_step" not in attempt or attempt["outcome"] == "failed":
+        print(f"{attempt['outcome']}: {attempt.get('reason')}", file=sys.stderr)
+    return EXIT_CODES[attempt["outcome"]]
 
 
 def conclude(status: RunStatus, *, asked: bool, reason: str) -> dict[str, Any]:
@@ -96,22 +100,53 @@ def conclude(status: RunStatus, *, asked: bool, reason: str) -> dict[str, Any]:
 
     Args:
         asked: whether they had been asked to stop.
-        reason: why they may have ended without a word.
+        reason: why they may have ended without a word: killed, out of memory, crashed in C.
     """
     attempt = status.current
-    if "first_step" in attempt and "last_step" not in attempt:
+    started = "first_step" in attempt
+    if started and "last_step" not in attempt:
         status.update(last_step=max(last_step(status.run_dir), attempt["first_step"]))
     if attempt["outcome"] == "running":
-        if "first_step" not in attempt and asked:
-            print("stopped before the ranks had started")
-            status.end("stopped", reason="before the first step")
+        if asked and not started:
+            status.end("stopped", reason="stopped before the ranks had started")
         else:
-            # Killed, out of memory, crashed in C.
-            phase = "without a word" if "first_step" in attempt else "before the first step"
-            print(f"the ranks ended {phase}: {reason}", file=sys.stderr)
-            print("start again to resume from the newest checkpoint", file=sys.stderr)
-            status.end("failed", reason=f"the ranks ended {phase}: {reason}")
+            phase = "ended without a word" if started else "did not start"
+            status.end("failed", reason=f"the ranks {phase}: {reason}")
     return status.current
+
+
+def claim(config: Config, is_alive: Callable[[dict[str, Any]], str]) -> None:
+    """Make sure that nobody else trains the run, and note the end of an attempt that could not do so itself.
+
+    Args:
+        is_alive: says of an attempt that has not ended whether it may still be training, in words; empty if not.
+
+    Raises:
+        ConfigError: another attempt is at work.
+    """
+    attempt = RunStatus(Path(config.run_dir)).current
+    if attempt.get("outcome") != "running":
+        return
+    if who := is_alive(attempt):
+        raise ConfigError(
+            f"another attempt is training this run: {who}",
+            where=f"{config.run_dir}, attempt {attempt.get('id')} since {attempt.get('started')}",
+            remedy="stop that one first, or choose another run_dir",
+        )
+    conclude(RunStatus(Path(config.run_dir), attempt.get("id")), asked=False, reason="and who had started them is gone")
+
+
+def lives_here(attempt: dict[str, Any]) -> str:
+    """Whether the process that began an attempt is there, if it was begun on this machine; in words, empty if not."""
+    if attempt.get("job") is not None or attempt.get("host") != node_name():
+        return ""
+    try:
+        process = psutil.Process(int(attempt["pid"]))
+        # Process ids are given out again; its started field counts whole seconds.
+        began = datetime.fromisoformat(attempt["started"]).timestamp()
+        return f"process {process.pid}" if process.create_time() < began + 1 and process.pid != os.getpid() else ""
+    except (psutil.Error, KeyError, ValueError, TypeError):
+        return ""
 
 
 def prepare(config: Config) -> Path:

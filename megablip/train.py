@@ -61,7 +61,7 @@ def main() -> None:
         guard = Guard(config, topology)
         run(config, topology, guard, stop, clock)
     except Exception as error:
-        end_run(error, guard)
+        end_run(error, guard, Path(sys.argv[1]).parent)  # that of RUN/config.yaml
 
 
 def run(config: Config, topology: Topology, guard: Guard, stop: StopSignal, clock: StartClock) -> None:

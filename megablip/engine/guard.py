@@ -22,7 +22,7 @@ from torch import nn
 from megablip.config import Config
 from megablip.engine.alarm import CollectiveAlarm
 from megablip.engine.channel import TOLD_S, SideChannel, Verdict
-from megablip.engine.status import RunStatus
+from megablip.engine.status import ATTEMPT, RunStatus
 from megablip.engine.topology import Topology
 from megablip.engine.watchdog import Watchdog, dump_stacks
 from megablip.errors import HangError, MegablipError, RankMismatchError
@@ -124,12 +124,15 @@ class Guard:
         return self._run_dir / "stacks" / f"rank_{self._topology.rank}.txt"
 
 
-def end_run(error: Exception, guard: Guard | None) -> NoReturn:
+def end_run(error: Exception, guard: Guard | None, run_dir: Path) -> NoReturn:
     """Say what the main thread failed of, and end all ranks; without a guard, this process alone."""
     text = f"{type(error).__name__}: {error}" if isinstance(error, MegablipError) else traceback.format_exc()
-    print(f"[rank {os.environ.get('RANK', '?')}] {text}", file=sys.stderr, flush=True)
+    rank = os.environ.get("RANK", "?")
+    print(f"[rank {rank}] {text}", file=sys.stderr, flush=True)
     if guard:
         guard.fail(error)
+    if ATTEMPT in os.environ:  # else there may be none yet
+        RunStatus.of_rank(run_dir).fail(f"rank {rank}: {type(error).__name__}: {error}")
     _leave()
 
 

@@ -88,12 +88,13 @@ class RunStatus:
             attempts = self.attempts
             for earlier in attempts:
                 if earlier.get("outcome") == "running":
-                    earlier |= {"outcome": "failed", "reason": "it never said how it ended"}
+                    earlier |= {"outcome": "failed", "ended": _now(), "reason": "it never said how it ended"}
             self.attempt = f"{len(attempts) + 1}-{secrets.token_hex(4)}"
             attempt = {
                 "id": self.attempt,
                 "started": _now(),
                 "host": node_name(),
+                "pid": os.getpid(),
                 **facts,
                 "outcome": "running",
             }

@@ -20,7 +20,7 @@ def test_attempts_are_kept_in_order(tmp_path):
     first, second = RunStatus(tmp_path).attempts
     assert (first["ranks"], first["outcome"], first["last_step"]) == (2, "stopped", 7)
     assert (second["ranks"], second["outcome"]) == (4, "running")
-    assert set(second) == {"id", "started", "host", "ranks", "outcome"}
+    assert set(second) == {"id", "started", "host", "pid", "ranks", "outcome"}
     assert {path.name for path in tmp_path.iterdir()} <= {"status.json", "status.lock"}
 
 

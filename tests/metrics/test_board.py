@@ -14,7 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
 from megablip.metrics import board as module
-from megablip.metrics.board import Board, ProgressLine, read_metrics
+from megablip.metrics.board import Board, ProgressLine
+from megablip.metrics.points import read_metrics
 
 
 def curve(run_dir, name="loss"):
