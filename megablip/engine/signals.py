@@ -9,6 +9,8 @@ import threading
 import time
 import types
 
+from megablip.engine.status import ATTEMPT
+
 # Under torchrun a Ctrl-C reaches a rank twice, from the terminal and from torchrun: that is one request.
 ECHO_S = 0.3
 
@@ -16,7 +18,10 @@ ECHO_S = 0.3
 class StopSignal:
     """Remembers SIGTERM, SIGINT or SIGUSR1 until the ranks agree at a step edge.
 
-    A second one leaves at once, for a run that hangs.  Python runs a signal's
+    A second one leaves at once, for a run that hangs; but not where a launcher of
+    ours has started this rank: that one kills what hangs, and there signals come
+    from several sides (from Slurm to each process of a job, from srun, from the
+    launcher itself), which is one request.  Python runs a signal's
     handler only when the main thread is back from C, and one that waits in a
     collective is not; so the interpreter writes each signal's number to a
     socket, and a thread that reads it does the leaving.
@@ -26,6 +31,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.received: int = 0
+        self._leaves = ATTEMPT not in os.environ
 
     def install(self) -> StopSignal:
         """In the main thread."""
@@ -49,6 +55,6 @@ class StopSignal:
                     continue
                 if first_at is None:
                     first_at = time.monotonic()
-                elif time.monotonic() - first_at > ECHO_S:
+                elif self._leaves and time.monotonic() - first_at > ECHO_S:
                     os._exit(128 + number)
                 self.received = self.received or number

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from megablip.engine.signals import StopSignal
+from megablip.engine.status import ATTEMPT
 
 # Sends itself each signal named on the command line, says what it remembers, and goes on.
 SCRIPT = """
@@ -47,6 +48,11 @@ def test_the_first_signal_is_remembered(number):
 
 def test_the_second_ends_the_process():
     assert run(signal.SIGUSR1, signal.SIGTERM) == (128 + signal.SIGTERM, [0, signal.SIGUSR1])
+
+
+def test_the_second_is_left_to_the_launcher_that_started_the_rank(monkeypatch):
+    monkeypatch.setenv(ATTEMPT, "1-abc")
+    assert run(signal.SIGUSR1, signal.SIGTERM) == (0, [0, signal.SIGUSR1, signal.SIGUSR1])
 
 
 def test_an_echo_is_the_same_request():

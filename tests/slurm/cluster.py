@@ -1,6 +1,6 @@
 """A real Slurm on this machine: munged, one slurmctld, and nodes that each have a slurmd.
 
-with Cluster(folder, ["n1", "n2"]) as cluster:
+with Cluster(folder, {"two": ["n1", "n2"]}) as cluster:
     job = cluster.submit("--wrap", "srun hostname", "--nodes=2")
     job.wait()
 
@@ -49,6 +49,7 @@ MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
+GresTypes=gpu
 JobRequeue=1
 ReturnToService=2
 SlurmdTimeout=10
@@ -58,6 +59,9 @@ KillWait=20
 MinJobAge=3600
 SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0
 """
+# What each node says it has, whatever the machine has: GPUs, too, so that scripts that ask for them are accepted.
+GPUS = 8
+RESOURCES = f"CPUs=8 RealMemory=4000 Gres=gpu:{GPUS}"
 
 
 class Missing(Exception):
@@ -91,15 +95,13 @@ class Cluster:
 
     Args:
         folder: for everything the daemons write; a short path (it holds a socket).
-        nodes: their names.
-        cpus: that each node says it has, whatever the machine has.
+        partitions: names of nodes by partition; the first one is the default.
     """
 
-    def __init__(self, folder: Path, nodes: list[str], cpus: int = 4):
-        self.folder = folder
-        self.nodes = {name: Node(name, folder) for name in nodes}
+    def __init__(self, folder: Path, partitions: dict[str, list[str]]):
+        self.folder, self.partitions = folder, partitions
+        self.nodes = {name: Node(name, folder) for members in partitions.values() for name in members}
         self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
-        self._cpus = cpus
         self._daemons: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> Cluster:
@@ -108,9 +110,14 @@ class Cluster:
         ports = iter(_free_ports(1 + len(self.nodes)))
         config = CONFIG.format(host=socket.gethostname(), port=next(ports), folder=self.folder)
         for name in self.nodes:
-            config += f"NodeName={name} NodeAddr=127.0.0.1 Port={next(ports)} CPUs={self._cpus} RealMemory=4000\n"
-        config += "PartitionName=tests Nodes=ALL Default=YES MaxTime=INFINITE State=UP\n"
+            config += f"NodeName={name} NodeAddr=127.0.0.1 Port={next(ports)} {RESOURCES}\n"
+        for number, (name, members) in enumerate(self.partitions.items()):
+            default = "YES" if number == 0 else "NO"
+            config += f"PartitionName={name} Nodes={','.join(members)} Default={default} MaxTime=INFINITE State=UP\n"
         (self.folder / "slurm.conf").write_text(config)
+        for number in range(GPUS):  # Slurm counts files
+            (self.folder / f"gpu{number}").touch()
+        (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu[0-{GPUS - 1}]\n")
         key = self.folder / "munge.key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o600)
@@ -166,8 +173,8 @@ class Cluster:
         wait_until(self.is_idle, "idle nodes", 90, self.logs)
 
     def is_idle(self) -> bool:
-        states = self.run("sinfo", "--noheader", "--Node", "--format=%T", check=False).split()
-        return states == ["idle"] * len(self.nodes)
+        states = self.run("sinfo", "--noheader", "--Node", "--format=%N %T", check=False).splitlines()
+        return set(states) == {f"{name} idle" for name in self.nodes}
 
     def logs(self) -> str:
         """Ends of what the daemons have written."""
@@ -249,10 +256,14 @@ class Job:
     def state(self) -> str:
         return self.show()["JobState"]
 
-    def wait(self, timeout_s: float = 120) -> str:
-        """Until it has ended for good; the state it ended in."""
-        ended = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE"}
-        wait_until(lambda: self.state in ended, f"end of job {self.number}", timeout_s, self.describe)
+    @property
+    def has_ended(self) -> bool:
+        """For good: nothing will start it again."""
+        return self.state in {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE"}
+
+    def wait(self, timeout_s: float = 150) -> str:
+        """Until it has ended; the state it ended in."""
+        wait_until(lambda: self.has_ended, f"end of job {self.number}", timeout_s, self.describe)
         return self.state
 
     def describe(self) -> str:
@@ -264,7 +275,7 @@ class Job:
 
 
 def wait_until(
-    condition: Callable[[], bool], what: str, timeout_s: float, describe: Callable[[], str] = str, poll_s: float = 0.1
+    condition: Callable[[], bool], what: str, timeout_s: float, describe: Callable[[], str] = str, poll_s: float = 0.2
 ) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():

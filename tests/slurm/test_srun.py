@@ -12,8 +12,7 @@ from tests.distributed import runs
 
 
 def test_zero3_over_both_nodes_has_the_losses_of_one_machine(cluster, work, straight):
-    recipe = straight.recipe(work / "srun")
-    config = load_config(recipe, ["stop_after_steps=10"])
+    config = load_config(straight.recipe("srun", "10 steps"))
     path = prepare_run(config)
     index_sources(config.data)
     command = shlex.join(["srun", "--label", sys.executable, "-m", "megablip.train", str(path)])
@@ -21,4 +20,4 @@ def test_zero3_over_both_nodes_has_the_losses_of_one_machine(cluster, work, stra
         "--nodes=2", "--ntasks-per-node=1", f"--output={work}/srun.txt", f"--chdir={runs.REPOSITORY}", "--wrap", command
     )
     assert job.wait() == "COMPLETED", job.describe()
-    assert runs.losses(work / "srun") == straight.losses[:10]
+    assert runs.losses(work / "srun") == straight.losses(10)
