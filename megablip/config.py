@@ -243,6 +243,9 @@ class PreferenceConfig(Section):
     """Weight of the chosen answer's own cross entropy, which keeps it likely."""
     length_normalized: bool = False
     """Compare mean log-probabilities per label instead of sums; ipo always does."""
+    stored_reference: bool = False
+    """Take the reference's log-probabilities from files beside the shards, which `python -m tools.reference_scores
+    RECIPE` writes, instead of a second forward; then there is no curve of the distance from it (kl)."""
 
     @model_validator(mode="after")
     def _smoothing_belongs_to_sigmoid(self) -> PreferenceConfig:

@@ -75,6 +75,7 @@ def run(config: Config, topology: Topology, guard: Guard, stop: StopSignal, cloc
     export = ExportReader(config.model.path)
     check_sampler(export, model_config)
     base = base_of(export, model_config, topology)
+    objective = objective_of(config, base, model_config.layout)
     store = CheckpointStore(run_dir / "checkpoints", config.checkpoint.keep, topology, status)
     checkpoint = store.newest(say) if config.resume == "auto" else None
     progress, lane_states = Progress(), None
@@ -112,7 +113,6 @@ def run(config: Config, topology: Topology, guard: Guard, stop: StopSignal, cloc
             tower = load_tower(export, model_config.vision_config, dtype, topology.device)
 
         clock.lap("engine")
-        objective = objective_of(config)
         recorder = Recorder(config, model_config, topology, engine, tower, loader, progress, clock, objective)
         if not config.engine.compile_blocks:  # without ZeRO-3 there are no collectives inside
             guard.watch(engine.module)

@@ -352,6 +352,7 @@ IDENTITY = {
     "preference__label_smoothing": 0.1,
     "preference__sft_weight": 0.5,
     "preference__length_normalized": True,
+    "preference__stored_reference": True,
     "engine__precision": "fp32",
 }
 

@@ -44,6 +44,7 @@ DATA_ORDER = [
     "lanes",
     "collate",
     "samples",
+    "reference",
     "quarantine",
     "handover",
     "workers",
