@@ -244,8 +244,7 @@ class PreferenceConfig(Section):
     length_normalized: bool = False
     """Compare mean log-probabilities per label instead of sums; ipo always does."""
     stored_reference: bool = False
-    """Take the reference's log-probabilities from files beside the shards, which `python -m tools.reference_scores
-    RECIPE` writes, instead of a second forward; then there is no curve of the distance from it (kl)."""
+    """Read the reference's scores, which tools/reference_scores.py writes; saves a forward, and the curve `kl`."""
 
     @model_validator(mode="after")
     def _smoothing_belongs_to_sigmoid(self) -> PreferenceConfig:
@@ -398,14 +397,10 @@ class Config(Section):
         pairs = [source.name for source in self.data.sources if source.schema_name == "preference"]
         if self.stage != "dpo" and pairs:
             raise ValueError(f"data.sources: {', '.join(pairs)}: pairs of answers are for the stage dpo")
-        if self.stage == "dpo":
-            if len(pairs) < len(self.data.sources):
-                raise ValueError("data.sources: the stage dpo takes sources of the schema 'preference' only")
-            if not self.model.lora or self.model.lora.also_train:
-                raise ValueError(
-                    "the stage dpo needs model.lora, and nothing trained beside the adapters: its reference is the "
-                    "model without them"
-                )
+        if self.stage == "dpo" and len(pairs) < len(self.data.sources):
+            raise ValueError("data.sources: the stage dpo takes sources of the schema 'preference' only")
+        if self.stage == "dpo" and (not self.model.lora or self.model.lora.also_train):
+            raise ValueError("the stage dpo needs model.lora without also_train: its reference has no adapters")
         return self
 
     @model_validator(mode="after")
