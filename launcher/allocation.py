@@ -124,6 +124,7 @@ class SlurmJob:
             "srun", f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", "--ntasks-per-node=1",
             f"--nodelist={','.join(nodes)}",
             "--kill-on-bad-exit=1", "--wait=60",  # where a node's ranks have ended, the others' can only wait for them
+            "--overlap",  # a step that has lost a node holds what it had on the others, which the next one needs
             "--cpu-bind=none",  # else all ranks of a node may share the one core of their one task
             "--mpi=none", "--input=none",
         ]  # fmt: skip

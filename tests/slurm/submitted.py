@@ -68,15 +68,16 @@ class Submitted:
         )
         assert last_step(self.run_dir) >= step, self.describe()
 
-    def wait_for_attempt(self, number: int, timeout_s: float = START_S) -> dict[str, Any]:
-        """Until an attempt has trained some steps; it."""
-        wait_until(lambda: self._trains(number) or self.job.has_ended, f"attempt {number}", timeout_s, self.describe)
-        assert self._trains(number), self.describe()
-        return self.attempts[number - 1]
+    def wait_for_attempt(self, number: int, steps: int = 3, timeout_s: float = START_S) -> dict[str, Any]:
+        """Until an attempt, counted from 1, has trained so many steps; it."""
 
-    def _trains(self, number: int) -> bool:
-        attempts = self.attempts
-        return len(attempts) >= number and last_step(self.run_dir) >= attempts[number - 1].get("first_step", 10**9) + 3
+        def trains() -> bool:
+            attempt = dict(enumerate(self.attempts, 1)).get(number, {})
+            return "first_step" in attempt and last_step(self.run_dir) >= attempt["first_step"] + steps
+
+        wait_until(lambda: trains() or self.job.has_ended, f"attempt {number}", timeout_s, self.describe)
+        assert trains(), self.describe()
+        return self.attempts[number - 1]
 
     def describe(self) -> str:
         return f"{json.dumps(self.attempts, indent=1)}\n{self.job.describe()}"

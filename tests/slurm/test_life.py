@@ -81,7 +81,7 @@ def is_rank(process) -> bool:
 def test_a_run_goes_on_exactly_after_whatever_ends_an_attempt(cluster, straight):
     run = Submitted.start(cluster, straight.recipe("often-ended", LONG))
     for number, strike in enumerate(INCIDENTS, 1):
-        run.wait_for_attempt(number)
+        run.wait_for_attempt(number, steps=3 * number)  # failures at the same step would end the job
         restarts = int(run.job.show()["Restarts"])
         expected, _, requeued = strike(cluster, run).partition(", ")
         following = run.wait_for_attempt(number + 1)
