@@ -16,7 +16,8 @@ import torch
 from megablip.checkpoint import commit
 from megablip.checkpoint.commit import CheckpointStore, newest_committed, open_checkpoint
 from megablip.checkpoint.slices import SliceReader, write_slices
-from megablip.errors import CheckpointError
+from megablip.engine.status import RunStatus
+from megablip.errors import CheckpointError, SupersededError
 from megablip.records import MASTER, LocalSlice
 from tests.checkpoint.alone import Alone
 
@@ -284,3 +285,45 @@ def test_a_disk_that_is_really_full(small_disk):
     assert_newest_is(small_disk / "checkpoints", 1)
     save(store, 5, size=60_000)
     assert_newest_is(small_disk / "checkpoints", 5)
+
+
+def owned_store(folder):
+    """The store of a new attempt of the run in `folder`."""
+    status = RunStatus(folder)
+    status.begin(ranks=1)
+    return CheckpointStore(folder / "checkpoints", 2, Alone(), status)
+
+
+def test_a_superseded_attempt_commits_nothing_and_deletes_nothing(tmp_path):
+    """What is left of it on a node that was cut off reaches the same step as the attempt that has taken over."""
+    folder = tmp_path / "checkpoints"
+    old = owned_store(tmp_path)
+    save(old, 1)
+    old.write(2, write_values(2), {0: np.array([2]), 1: np.array([7])})
+    new = owned_store(tmp_path)
+    new.write(2, write_values(2), {0: np.array([2]), 1: np.array([7])})
+    before = names(folder)
+    with pytest.raises(SupersededError):
+        old.commit(2, {"base": "b"})
+    old.sweep()
+    assert names(folder) == before
+    new.commit(2, {"base": "b"})
+    assert_newest_is(folder, 2)
+    new.sweep()
+    assert names(folder) == ["latest", "step_00000001", "step_00000002"]
+
+
+def test_an_attempt_that_is_superseded_while_it_hashes_does_not_commit(tmp_path, monkeypatch):
+    old = owned_store(tmp_path)
+    write_synced = commit._write_synced
+
+    def slow(*args, **kwargs):
+        if len(RunStatus(tmp_path).attempts) == 1:
+            owned_store(tmp_path)
+        return write_synced(*args, **kwargs)
+
+    old.write(1, write_values(1), {0: np.array([1])})
+    monkeypatch.setattr(commit, "_write_synced", slow)
+    with pytest.raises(SupersededError):
+        old.commit(1, {"base": "b"})
+    assert commit.committed(tmp_path / "checkpoints") == []
