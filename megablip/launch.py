@@ -66,7 +66,7 @@ class Machines:
     @classmethod
     def alone(cls, ranks: int) -> Machines:
         """This machine by itself, at a port that is free."""
-        return cls({"localhost": ranks}, 0, "127.0.0.1", _free_port())
+        return cls({"localhost": ranks}, 0, "127.0.0.1", free_port())
 
 
 def launch(recipe: Path, overrides: list[str]) -> int:
@@ -238,11 +238,14 @@ class KeptProcess:
     However this process ends, kill -9 included, all of the other's group is
     killed: ranks without a launcher would hold ports and GPU memory for ever.
     A small third process sees to it; its standard input closes when this process ends.
+
+    Args:
+        blocked: signals that wait until the process, or one that it starts, unblocks them.
     """
 
     _KEEPER = "import os, sys; group = int(sys.stdin.readline() or 0); sys.stdin.read(); group and os.killpg(group, 9)"
 
-    def __init__(self, command: list[str], environment: dict[str, str], ignore: tuple[int, ...] = ()):
+    def __init__(self, command: list[str], environment: dict[str, str], blocked: tuple[int, ...] = ()):
         nothing = subprocess.DEVNULL
         self._keeper = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", self._KEEPER],
@@ -252,7 +255,7 @@ class KeptProcess:
             command,
             env=environment,
             start_new_session=True,  # a Ctrl-C at the terminal must not reach it
-            preexec_fn=lambda: [signal.signal(number, signal.SIG_IGN) for number in ignore],
+            preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, blocked),
         )
         self._keeper.stdin.write(b"%d\n" % self.process.pid)
         self._keeper.stdin.flush()
@@ -316,8 +319,9 @@ class RankGroup:
         command = launcher_command(config_path, machines)
         ranks = list(machines.slots.values())[machines.node_rank]
         self._starting = True
-        # Were SIGUSR1 sent to all of a job, the launcher would die of it; the ranks catch it later.
-        self._kept = KeptProcess(command, _environment(config, ranks, status), ignore=(signal.SIGUSR1,))
+        # Some clusters signal all processes of a job, and the launcher would kill its ranks, or die. To the
+        # ranks, which inherit this, a signal comes as soon as they can heed it (StopSignal).
+        self._kept = KeptProcess(command, _environment(config, ranks, status), blocked=STOP_SIGNALS)
         if self.asked:  # while it was being started
             self._kept.kill()
         try:
@@ -387,7 +391,8 @@ def _environment(config: Config, ranks: int, status: RunStatus) -> dict[str, str
     return environment
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

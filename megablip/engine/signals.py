@@ -42,6 +42,8 @@ class StopSignal:
         threading.Thread(target=self._listen, args=(reader,), daemon=True, name="signals").start()
         for number in self.SIGNALS:
             signal.signal(number, self._handle)
+        # Who starts ranks may have blocked them until now.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)
         return self
 
     def _handle(self, number: int, frame: types.FrameType | None) -> None:

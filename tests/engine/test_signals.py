@@ -63,3 +63,15 @@ def test_an_echo_is_the_same_request():
 def test_the_second_ends_a_process_that_hangs():
     done = subprocess.run([sys.executable, "-c", HANGING], timeout=60)
     assert done.returncode == 128 + signal.SIGTERM
+
+
+def test_one_that_comes_before_it_can_be_heeded_waits():
+    """Whoever starts ranks blocks signals for as long as they would be killed by one."""
+    script = SCRIPT.replace("stop = ", "os.kill(os.getpid(), 10); time.sleep(0.1)\nstop = ").replace("{pause}", "0")
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, StopSignal.SIGNALS),
+    )
+    assert (done.returncode, done.stdout.split()) == (0, [str(int(signal.SIGUSR1))])
