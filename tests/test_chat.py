@@ -1,7 +1,9 @@
 import json
+from pathlib import Path
 
 import pytest
 import tokenizers
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
@@ -92,6 +94,33 @@ def test_ids_and_mask_equal_transformers(both):
         assert ours == theirs
 
 
+GOLDEN = yaml.safe_load((Path(__file__).parent / "fixtures" / "chats.yaml").read_text())
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_ids_and_mask_are_those_written_by_hand(name, tmp_path):
+    encoder = Encoder(str(write_tokenizer(tmp_path)), LAYOUT)
+    case = GOLDEN[name]
+    segments = [Text(case["system"], False, "system")] if "system" in case else []
+    for number, words in enumerate(case["turns"]):
+        role = ("user", "assistant")[number % 2]
+        before, *after = words.split("IMG")
+        segments.append(Text(before, role == "assistant", role))
+        for text in after:
+            segments += [image(), Text(text, False, role)] if text else [image()]
+    encoded = encoder.encode(Document(tuple(segments), "s", "k"))
+    expected = []
+    for word in case["tokens"].split():
+        token, _, times = word.partition("*")
+        expected += [token] * int(times or 1)
+    found = []
+    for number, label in zip(encoded.input_ids.tolist(), encoded.labels.tolist(), strict=True):
+        token = encoder.tokenizer.spell([number]).replace(" ", "_").replace("\n", "\\n")
+        assert label in (number, IGNORE_LABEL)
+        found.append(token if label == IGNORE_LABEL else f"[{token}]")
+    assert found == expected
+
+
 # Words that do not run into a template's line ends: there a tokenizer may join what we tokenize apart.
 WORDS = st.text(st.sampled_from("ab 3é<|>"), max_size=12).map(lambda text: "x" + text.strip() + "x")
 
@@ -99,6 +128,15 @@ WORDS = st.text(st.sampled_from("ab 3é<|>"), max_size=12).map(lambda text: "x" 
 @settings(deadline=None, max_examples=150)
 @given(contents=st.lists(WORDS, min_size=2, max_size=14).filter(lambda words: len(words) % 2 == 0))
 def test_any_chat_equals_transformers(both, contents):
+    ours, theirs = masks(*both, turns(*contents))
+    assert ours == theirs
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=10_000)
+@given(contents=st.lists(WORDS, min_size=2, max_size=14).filter(lambda words: len(words) % 2 == 0))
+def test_ten_thousand_chats_equal_transformers(both, contents):
+    """MINUTES for each of three formats."""
     ours, theirs = masks(*both, turns(*contents))
     assert ours == theirs
 
