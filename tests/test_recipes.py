@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -191,3 +192,54 @@ def test_what_belongs_to_stage_3_is_refused_elsewhere(tmp_path, key):
     path.write_text(json.dumps(ds_config))
     with pytest.raises(ConfigError, match="ZeRO stage 2"):
         complete_ds_config(EngineConfig(ds_config=str(path)), 1.0, 1, ALONE)
+
+
+MARK = re.compile(r"#.*\[(paper|code|ours|silkie)\b")
+NO_CHOICE = {"stage", "run_dir", "seed", "path", "name", "shards", "schema", "ranks"}
+"""Keys whose values say what and where, not how."""
+
+
+def unmarked(path: Path) -> list[str]:
+    """The values without a source: neither behind nor right above them, or a key that they stand under."""
+    lines = path.read_text().splitlines()
+
+    def is_marked(line: int) -> bool:
+        above = line
+        while above and lines[above - 1].lstrip().startswith("#"):
+            above -= 1
+        return any(MARK.search(text) for text in lines[above : line + 1])
+
+    def walk(node: yaml.Node, key: str) -> list[str]:
+        if isinstance(node, yaml.MappingNode):
+            pairs = [(name, value) for name, value in node.value if name.value not in NO_CHOICE]
+            below = [(name.start_mark.line, value, f"{key}.{name.value}") for name, value in pairs]
+        elif isinstance(node, yaml.SequenceNode) and any(isinstance(item, yaml.MappingNode) for item in node.value):
+            below = [(item.start_mark.line, item, f"{key}.{number}") for number, item in enumerate(node.value)]
+        else:
+            return [key]
+        return [name for line, value, inner in below if not is_marked(line) for name in walk(value, inner)]
+
+    return walk(yaml.compose(path.read_text()), path.name)
+
+
+FULL_SIZE = [path for path in RECIPES if path.parent.name == "recipes"]
+
+
+@pytest.mark.parametrize("path", FULL_SIZE, ids=ids)
+def test_every_value_at_full_size_says_where_it_is_from(path):
+    assert unmarked(path) == []
+
+
+def test_a_value_without_a_source_is_found(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        "a: 1 # [ours]\nb: {c: 2, path: x}\nd: # [code]\n  e: 3\nf:\n  # [paper]\n  - {g: 4}\n  - {h: 5}\n"
+    )
+    assert unmarked(recipe) == ["r.yaml.b.c", "r.yaml.f.1.h"]
+
+
+def test_every_stage_has_a_recipe_and_a_twin_in_miniature():
+    stages = {path.stem for path in FULL_SIZE}
+    assert stages == {"pretrain", "pretrain_highres", "sft", "interleave", "dpo", "safety", "sft_lora"}
+    mini = {path.stem for path in RECIPES if path.parent.name == "mini"}
+    assert {"pretrain", "sft", "interleave", "dpo", "safety"} <= mini
