@@ -251,7 +251,13 @@ class Trainer:
             "grad_norm": self.engine.grad_norm,
             "learning_rate": rates["decoder"],
             **{f"learning_rate_by_part/{name}": rates[name] for name in config.optimizer.lr_by_part},
-            **self.health.observe(progress.step, batch, sums.loss, applied=self.engine.was_step_applied),
+            **self.health.observe(
+                progress.step,
+                batch,
+                sums.loss,
+                applied=self.engine.was_step_applied,
+                chosen_log_ratio=sums.by_pair.get("chosen_log_ratio"),
+            ),
             **self.saver.scalars(),
         }
         self.guard.enter("record")

@@ -47,6 +47,7 @@ class StepBatch:
     valid_labels: int = 0
     samples_drawn: np.ndarray | int = 0  # int64[sources], since the start of the run, by this rank's lanes
     samples_done: int = 0  # of those, all that no longer wait
+    samples_dropped: int = 0  # of those, the ones that no sequence can hold
     data_digest: int = 0  # sum of its sequences' digests mod 2^63; the sum over all ranks is that of the global batch
     skipped: tuple[Skip, ...] = ()
     data_wait_s: float = 0.0
@@ -225,6 +226,7 @@ class Loader:
         states = [LaneState(state) for state in batch.lane_states.values()]
         batch.samples_drawn = sum(state.drawn for state in states)
         batch.samples_done = sum(state.samples_done for state in states)
+        batch.samples_dropped = sum(state.dropped for state in states)
         batch.data_digest %= DIGESTS
         return batch
 

@@ -1,4 +1,4 @@
-"""What a run's steps say of its health: skipped steps, loss spikes, slow ranks.
+"""What a run's steps say of its health: skipped steps, loss spikes, slow ranks, preferred answers that grow rare.
 
 `observe` looks at a step that has just ended; what it finds travels in the
 next step's exchange, and `review` acts on what all ranks then know.  So no
@@ -31,6 +31,9 @@ from megablip.errors import DivergenceError
 _MAD_SCALE = 1.4826
 # A loss may rise by this share without being a spike, however quiet the steps before it were.
 _QUIET_SHARE = 0.02
+# Nats a label that preferred answers may lose on the reference, in the mean over so many steps.  Training as it
+# should be moves them by tenths; a model that was destroyed, at a loss that looked well, had lost some four.
+_CHOSEN_FALL_NATS, _CHOSEN_STEPS = 1.0, 8
 # Slow in a way that matters: shares of an interval below this are noise.
 _NOTABLE_SHARE = 0.02
 
@@ -65,6 +68,7 @@ class HealthMonitor:
         self._flags = {"setup": self._setup}
         self._skipped = self._skipped_in_a_row = 0
         self._local = LocalTimer(topology.device)
+        self._chosen = ChosenWatch()
         self._stragglers = StragglerReport(topology, config.health)
         self._log = _EventLog(Path(config.run_dir) / "health.jsonl", start_step) if topology.is_first else None
 
@@ -85,17 +89,28 @@ class HealthMonitor:
         yield
         self._local.stop()
 
-    def observe(self, step: int, batch: StepBatch, loss: float, *, applied: bool) -> dict[str, float]:
+    def observe(
+        self, step: int, batch: StepBatch, loss: float, *, applied: bool, chosen_log_ratio: float | None = None
+    ) -> dict[str, float]:
         """Look at the step that brought the run to `step`.
 
         Args:
             loss: of the global batch.
             applied: whether the optimizer updated the weights.
+            chosen_log_ratio: of preference tuning, of the global batch, nats a label.
 
         Returns:
             Scalars to log.
         """
         spike = self._spikes.add(loss) if applied else None
+        if chosen_log_ratio is not None and (mean := self._chosen.add(chosen_log_ratio)) is not None:
+            if self._log:
+                self._log.write({"step": step, "event": "preferred answers grow rare", "nats_per_label": mean})
+            self._alert(
+                step,
+                f"preferred answers grow rare: at step {step} they are {-mean:.2f} nats a label less likely than by "
+                "the reference, which loss and accuracy don't show; lower optimizer.lr, or raise preference.sft_weight",
+            )
         if not applied:
             self._skipped += 1
         self._skipped_in_a_row = 0 if applied else self._skipped_in_a_row + 1
@@ -210,6 +225,30 @@ class SpikeDetector:
         if math.isfinite(loss):
             self._losses.append(loss)
         return found
+
+
+class ChosenWatch:
+    """Tells when preferred answers have become much less likely than by the reference.
+
+    A preference loss asks for their distance from the others only, and falls
+    while both fall (arXiv 2402.13228, "likelihood displacement" in 2410.08847).
+    """
+
+    def __init__(self):
+        self._ratios: deque[float] = deque(maxlen=_CHOSEN_STEPS)
+        self._told = False
+
+    def add(self, ratio: float) -> float | None:
+        """The mean of the last steps where it falls below the limit: once, until it has risen again."""
+        if not math.isfinite(ratio):
+            return None
+        self._ratios.append(ratio)
+        mean = statistics.fmean(self._ratios)
+        if len(self._ratios) < _CHOSEN_STEPS or mean > -_CHOSEN_FALL_NATS:
+            self._told = self._told and mean < -_CHOSEN_FALL_NATS / 2
+            return None
+        told, self._told = self._told, True
+        return None if told else mean
 
 
 class LocalTimer:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+_PREFERS = "1b. Does it prefer?"
+
 # Question -> chart -> tags, as regular expressions.
 QUESTIONS: dict[str, dict[str, list[str]]] = {
     "1. Is it learning?": {
@@ -10,9 +12,16 @@ QUESTIONS: dict[str, dict[str, list[str]]] = {
         "loss by source": ["^loss_by_source/.*"],
         "learning rate": ["^learning_rate.*"],
     },
+    _PREFERS: {
+        "pairs in the right order": ["^preference/accuracy$"],
+        "rewards: margin, chosen, rejected": ["^preference/(margin|chosen_reward|rejected_reward)$"],
+        "log-probability of the answers": ["^preference/(chosen|rejected)_log_prob$"],
+        "of the chosen ones, nats a label on the reference": ["^preference/chosen_log_ratio$"],
+        "distance from the reference": ["^preference/kl$"],
+    },
     "2. Is it healthy?": {
         "gradient norm, before clipping": ["^grad_norm$"],
-        "steps and samples skipped": ["^step_skipped$", "^skipped_steps$", "^data/samples_skipped$"],
+        "steps and samples skipped": ["^step_skipped$", "^skipped_steps$", "^data/samples_(skipped|dropped)$"],
         "GiB of memory, largest of the ranks": ["^memory/.*"],
     },
     "3. Is it fast?": {
@@ -40,9 +49,13 @@ QUESTIONS: dict[str, dict[str, list[str]]] = {
 }
 
 
+PREFERENCE_CHARTS = tuple(QUESTIONS[_PREFERS])
+
+
 def custom_scalars(without: tuple[str, ...] = ()) -> dict[str, dict[str, list]]:
     """QUESTIONS as SummaryWriter.add_custom_scalars takes them. Args: without: charts to leave out."""
-    return {
+    kept = {
         question: {title: ["Multiline", tags] for title, tags in charts.items() if title not in without}
         for question, charts in QUESTIONS.items()
     }
+    return {question: charts for question, charts in kept.items() if charts}

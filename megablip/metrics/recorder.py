@@ -29,6 +29,7 @@ from megablip.metrics.board import Board, ProgressLine
 from megablip.metrics.example import colour_example
 from megablip.metrics.flops import ModelFlops, peak_flops
 from megablip.metrics.held_out import HeldOut
+from megablip.metrics.layout import PREFERENCE_CHARTS
 from megablip.metrics.picture import draw_example
 from megablip.metrics.profiler import StepProfiler
 from megablip.metrics.startup import StartClock
@@ -73,6 +74,7 @@ class Recorder:
         self._held_out = HeldOut(config, model_config, topology, engine, tower)
         run_dir, first = Path(config.run_dir), topology.is_first
         unused = () if self._peak else ("MFU",)
+        unused += () if objective.sums else PREFERENCE_CHARTS
         unused += () if config.held_out.sources else ("held-out loss by source",)
         self._board = Board(run_dir, progress.step, dump_config(config), unused) if first else None
         profiled = config.log.profile_steps if first else []
@@ -104,7 +106,7 @@ class Recorder:
             if self._progress.step % pictures == 0:
                 self._show_example(batch)
         device = self._topology.device
-        facts = RankFacts(host_bytes=self._process.memory_info().rss)
+        facts = RankFacts(dropped=batch.samples_dropped, host_bytes=self._process.memory_info().rss)
         if device.type == "cuda":
             facts.device_bytes = torch.cuda.max_memory_allocated(device)
         return StepSums(
@@ -193,6 +195,7 @@ class Recorder:
             "data/tiles_per_rank_max": sums.largest.tiles,
             "skipped_steps": total.skipped_steps,  # of this attempt, before this step
             "data/samples_skipped": sum(sums.count("bad").values()),
+            "data/samples_dropped": sums.total.dropped,  # too long, or too many tiles, for a sequence
             "memory/host_rss_gib": sums.largest.host_bytes / 2**30,  # the largest of the ranks, as below
         }
         if self._topology.device.type == "cuda":

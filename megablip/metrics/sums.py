@@ -22,6 +22,7 @@ class RankFacts:
     attended_pairs: float = 0  # (query, key) pairs of the decoder's causal attention, of one head in one layer
     micro_batches: float = 0
     dummies: float = 0  # of those, the ones without an image
+    dropped: float = 0  # samples that no sequence can hold, of this rank's lanes since the start of the run
     host_bytes: float = 0  # resident memory of the rank's process
     device_bytes: float = 0  # highest so far of tensors on the device
 

@@ -74,6 +74,7 @@ class PreferenceLoss:
     rejected_reward: Tensor
     chosen_log_prob: Tensor
     rejected_log_prob: Tensor
+    chosen_log_ratio: Tensor  # policy - reference per label: below 0 the answers that are preferred become rarer
     pairs: Tensor
 
     def detached(self) -> Tensor:
@@ -96,6 +97,7 @@ def preference_loss(policy: Answers, reference: Answers, config: PreferenceConfi
     plus sft_weight times the chosen answer's mean cross entropy per label (arXiv 2404.19733, equation 1).
     """
     per_label = policy.per_label()
+    chosen_log_ratio = per_label.chosen - reference.per_label().chosen
     if config.length_normalized or config.loss == "ipo":
         policy, reference = per_label, reference.per_label()
     chosen_gain, rejected_gain = policy.chosen - reference.chosen, policy.rejected - reference.rejected
@@ -115,5 +117,6 @@ def preference_loss(policy: Answers, reference: Answers, config: PreferenceConfi
         rejected_reward=config.beta * rejected_gain.sum(),
         chosen_log_prob=policy.chosen.sum(),
         rejected_log_prob=policy.rejected.sum(),
+        chosen_log_ratio=chosen_log_ratio.sum(),
         pairs=h.new_tensor(len(h)),
     )

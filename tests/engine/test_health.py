@@ -104,6 +104,17 @@ def test_too_many_skipped_steps_in_a_row_end_the_run(tmp_path):
     assert len(events(tmp_path)) == 3
 
 
+def test_preferred_answers_that_grow_rare_raise_one_alert(tmp_path):
+    found, said, _ = monitor(tmp_path, Ranks())
+    # down, a little up, down again (nothing new is told), then well up, and down: a second time
+    for step, ratio in enumerate([-0.2] * 9 + [-3.0] * 9 + [-0.9] * 9 + [-3.0] * 9 + [0.0] * 9 + [-2.0] * 9, 1):
+        found.observe(step, batch("k"), 0.3, applied=True, chosen_log_ratio=ratio)
+    assert [event["event"] for event in events(tmp_path)] == ["preferred answers grow rare"] * 2
+    assert [event["step"] for event in events(tmp_path)] == [12, 49]
+    assert "at step 12 they are 1.25 nats a label less likely" in said[0]
+    assert "preference.sft_weight" in said[0]
+
+
 def test_lines_of_steps_that_are_done_again_are_taken_back(tmp_path):
     lines = [json.dumps({"step": step}) for step in (3, 9)]
     (tmp_path / "health.jsonl").write_text("\n".join([*lines, '{"step": 1']))

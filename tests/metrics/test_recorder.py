@@ -43,7 +43,9 @@ def make_recorder(tmp_path, **log) -> Recorder:
 
 def run_step(recorder, clock, seconds=2.0, **parts) -> None:
     """A step over one document of source a, 10 text tokens and 3 tiles of 3 tokens, that takes so long."""
-    batch = SimpleNamespace(samples_drawn=np.array([25, 7]), micro_batches=[pack([make_doc(10, [(2, 1)], 0)])])
+    batch = SimpleNamespace(
+        samples_drawn=np.array([25, 7]), samples_dropped=0, micro_batches=[pack([make_doc(10, [(2, 1)], 0)])]
+    )
     totals = recorder.begin(batch)
     for name, part in parts.items():
         with recorder.timer.part(name):

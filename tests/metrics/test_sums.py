@@ -23,7 +23,7 @@ def two_ranks(monkeypatch):
         table[0, 1] += 5
         table[1, 1] += 2
         table[2, :2] += 10
-        flat[6 * 3 :].view(2, -1)[1] = torch.tensor([1.0, 7, 0, 2, 1, 99, 0])
+        flat[6 * 3 :].view(2, -1)[1] = torch.tensor([1.0, 7, 0, 2, 1, 0, 99, 0])
 
     monkeypatch.setattr(module.dist, "all_reduce", all_reduce)
 

@@ -27,6 +27,7 @@ def test_sigmoid():
     assert float(found.chosen_reward) == pytest.approx(0.5 * 1.5)
     assert float(found.rejected_reward) == pytest.approx(0.5 * -1.0)
     assert float(found.chosen_log_prob) == -7
+    assert float(found.chosen_log_ratio) == 1 / 4 + 0.5 / 2
 
 
 def test_label_smoothing_is_conservative_dpo():
