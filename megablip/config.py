@@ -205,7 +205,7 @@ class LoraConfig(Section):
     targets: list[str] = []
     """Linear layers that get an adapter, by the last part of their names; none: all of the decoder's blocks."""
     also_train: list[Literal["sampler", "embeddings", "head"]] = []
-    """Parts trained whole beside the adapters."""
+    """Parts trained whole beside the adapters, as peft's `modules_to_save`; embeddings and head where words are new."""
 
 
 class ModelConfig(Section):

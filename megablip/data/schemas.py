@@ -107,10 +107,11 @@ def conversation(members: Members, source: SourceConfig) -> Segments:
     """Turns in `json` under "conversations" or "conversation", as LLaVA and Mantis have them.
 
     A turn is {"from" or "role": str, "value" or "content": str}; the roles are
-    system, human or user, gpt or assistant.  Each `<image>` in a user's text is
-    the next image; where there are fewer of them than images, the first user turn
-    gets the rest at its head, each on a line.  The images are those that "image" or "images" names, if all are members,
-    else all image members by number.  There may be none.
+    system, human or user, gpt or assistant: the system's comes first if at all,
+    then the user's and the assistant's in turn.  Each `<image>` in a user's text is
+    the next image; where no turn has one, the first user turn gets all images at
+    its head, each on a line.  The images are those that "image" or "images" names,
+    if all are members, else all image members by number.  There may be none.
     """
     content = read_json(members)
     turns = [
@@ -122,6 +123,11 @@ def conversation(members: Members, source: SourceConfig) -> Segments:
     for number, ((role, _), (following, _)) in enumerate(pairwise(turns)):
         if role == following:
             raise SampleError(f"turns {number} and {number + 1} are both of the {role}")
+        if following == "system":
+            raise SampleError(f"turn {number + 1} is of the system, which speaks first if at all")
+    spoken = [role for role, _ in turns if role != "system"]
+    if spoken[:1] == ["assistant"]:
+        raise SampleError("the first turn is the assistant's: it answers nothing")
     return _chat(turns, _chat_images(members, content), source)
 
 
@@ -225,16 +231,14 @@ def _chat(turns: list[tuple[Role, str]], images: list[Image], source: SourceConf
     asked = [number for number, (role, _) in enumerate(turns) if role == "user"]
     if not any(role == "assistant" for role, _ in turns):
         raise SampleError("no turn is the assistant's: there is nothing to train on")
-    if images and not asked:
-        raise SampleError("no turn is the user's: the images have no place")
     places = sum(turns[number][1].count(IMAGE_TOKEN) for number in asked)
-    if places > len(images):
+    if places and places != len(images):
         raise SampleError(f"{places} {IMAGE_TOKEN} in the turns, but {len(images)} images in the sample")
     remaining = iter(images)
     segments: Segments = []
     for number, (role, words) in enumerate(turns):
-        if asked[:1] == [number]:
-            words = f"{IMAGE_TOKEN}\n" * (len(images) - places) + words
+        if asked[:1] == [number] and not places:
+            words = f"{IMAGE_TOKEN}\n" * len(images) + words
         first, *others = words.split(IMAGE_TOKEN) if role == "user" else [words]
         segments.append(Text(first, loss=role == "assistant", role=role))
         for piece in others:

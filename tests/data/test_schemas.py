@@ -107,6 +107,7 @@ def test_images_are_ordered_by_number():
 
 
 TURN, ANSWER = {"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}
+SYSTEM = {"from": "system", "value": "Be kind."}
 
 
 @pytest.mark.parametrize(
@@ -125,9 +126,9 @@ TURN, ANSWER = {"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So.
             [user("Is "), A, user(" or "), B, assistant("So.")],
         ),
         (
-            [{"from": "human", "value": "Is <image>?"}, ANSWER],
-            {"0.jpg": b"A", "1.jpg": b"B", "2.jpg": b"C"},
-            [user(""), A, user("\n"), B, user("\nIs "), C, user("?"), assistant("So.")],
+            [TURN, ANSWER],
+            {"0.jpg": b"A", "1.jpg": b"B"},
+            [user(""), A, user("\n"), B, user("\nWhy?"), assistant("So.")],
         ),
         (
             [TURN, ANSWER, {"from": "human", "value": "And <image>?"}, ANSWER],
@@ -239,7 +240,24 @@ def test_safety_of_a_harmful_and_of_a_harmless_image():
         ("conversation", {"json": {"conversations": [TURN, {"from": "gpt", "value": " "}]}}, "turn 1 is empty"),
         ("conversation", {"json": {"conversations": [TURN, TURN, ANSWER]}}, "turns 0 and 1 are both of the user"),
         ("conversation", {"json": {"conversations": [TURN]}}, "nothing to train on"),
-        ("conversation", {"jpg": b"A", "json": {"conversations": [ANSWER]}}, "the images have no place"),
+        ("conversation", {"jpg": b"A", "json": {"conversations": [ANSWER]}}, "the first turn is the assistant's"),
+        ("conversation", {"json": {"conversations": [SYSTEM, ANSWER]}}, "the first turn is the assistant's"),
+        ("conversation", {"json": {"conversations": [SYSTEM, TURN]}}, "nothing to train on"),
+        (
+            "conversation",
+            {"json": {"conversations": [TURN, SYSTEM, ANSWER]}},
+            "turn 1 is of the system, which speaks first",
+        ),
+        (
+            "conversation",
+            {
+                "0.jpg": b"A",
+                "1.jpg": b"B",
+                "json": {"conversations": [{"from": "human", "value": "Is <image>?"}, ANSWER]},
+            },
+            "1 <image> in the turns, but 2 images",
+        ),
+        ("conversation", {"json": {"conversations": [{"from": "human", "value": "<image>"}, ANSWER]}}, "but 0 images"),
         (
             "conversation",
             {"jpg": b"A", "json": {"conversations": [{"from": "human", "value": "<image><image>"}, ANSWER]}},

@@ -2,11 +2,11 @@
 
 - `trl_*`: log-probabilities and losses of preference pairs, packed here, padded in
   TRL's own trainer, by the same models; largest relative difference.
-- `sft`, `dpo`: real tokens a second, forward and backward in bf16 on all cores, of
+- `sft`, `dpo`, `dpo_stored`: real tokens a second, forward and backward in bf16 on all cores, of
   conversations whose lengths are spread as those of instructions are.  The rival is
   transformers' decoder on the same conversations padded to the longest (SDPA), with
   logits of all rows; for DPO with peft's adapters and the reference by switching them
-  off, as ours.
+  off, as ours; stored: both have the reference's scores from before.
 """
 
 from __future__ import annotations
@@ -134,21 +134,36 @@ def dpo_rows() -> list[Row]:
     batch, features = conversations(PAIRS, pairs=True, vocabulary=DECODER["vocab_size"])
     inputs, config = padded(batch), PreferenceConfig()
 
-    def ours() -> None:
-        model.decoder.set_attn_implementation(ATTENTION)
-        forward = partial(model, packed=batch, vision_features=features, by_document=True)
-        with torch.no_grad(), without_adapters(model):
-            base = forward()
-        backward(model, loss_of(batch, forward(reference_hidden=base.hidden), base, config).loss)
+    forward = partial(model, packed=batch, vision_features=features, by_document=True)
 
-    def theirs() -> None:
+    with torch.no_grad(), without_adapters(model):
+        model.decoder.set_attn_implementation(ATTENTION)
+        known = forward()
         model.decoder.set_attn_implementation("sdpa")
-        with torch.no_grad(), without_adapters(model):
-            base = answer_log_probs(model.decoder, inputs)
+        known_padded = answer_log_probs(model.decoder, inputs)
+
+    def ours(stored: bool) -> None:
+        model.decoder.set_attn_implementation(ATTENTION)
+        base = known
+        if not stored:
+            with torch.no_grad(), without_adapters(model):
+                base = forward()
+        policy = forward(reference_hidden=None if stored else base.hidden)
+        backward(model, loss_of(batch, policy, base, config).loss)
+
+    def theirs(stored: bool) -> None:
+        model.decoder.set_attn_implementation("sdpa")
+        base = known_padded
+        if not stored:
+            with torch.no_grad(), without_adapters(model):
+                base = answer_log_probs(model.decoder, inputs)
         gain = answer_log_probs(model.decoder, inputs) - base
         backward(model, -F.logsigmoid(config.beta * (gain[0::2] - gain[1::2])).sum())
 
-    return [speed_row("dpo", batch, median_seconds({"ours": ours, "theirs": theirs}))]
+    return [
+        speed_row(name, batch, median_seconds({"ours": partial(ours, stored), "theirs": partial(theirs, stored)}))
+        for name, stored in (("dpo", False), ("dpo_stored", True))
+    ]
 
 
 def answer_log_probs(decoder: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
