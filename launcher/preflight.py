@@ -7,54 +7,129 @@ can't write still tells; one that says nothing is named with srun's own words.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import re
+import secrets
+import subprocess
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
-from launcher.profile import ClusterProfile
-from megablip.config import Config
-from megablip.doctor import Finding
+from launcher.verdict import NodeReport, Report, judge
+from megablip.config import Config, load_config
+from megablip.doctor.finding import Finding
 
-
-@dataclass(frozen=True)
-class Report:
-    """What was found on all nodes and between them."""
-
-    findings: list[Finding]
-
-    @property
-    def ok(self) -> bool:
-        """Whether the job may start on these nodes."""
-        return all(finding.ok for finding in self.findings)
-
-    @property
-    def bad_nodes(self) -> list[str]:
-        """Nodes, by Slurm's name, that the run could go on without; empty if what is wrong is wrong everywhere."""
-        raise NotImplementedError
-
-    def print(self) -> None:
-        """The table, of what is wrong or worth knowing at full length."""
-        raise NotImplementedError
+LIMIT_S = 420.0  # for all nodes to tell all
+MARK = "@preflight"
+PIECE = 600  # characters; srun forwards lines of up to 1024 bytes whole, and those of several nodes would mix
+MESSAGE_LINES = 6  # of srun, in a finding
 
 
 def preflight(
-    srun: list[str], profile: ClusterProfile, config_path: Path, hosts: list[str], address: str, port: int
+    config: Config,
+    config_path: Path,
+    nodes: list[str],
+    master: tuple[str, int],
+    step: Callable[[list[str]], list[str]],
+    limit_s: float = LIMIT_S,
 ) -> Report:
     """Check the nodes of an allocation together.
 
     Args:
-        srun: `srun` with the options that give one task on each of `hosts`.
-        hosts: Slurm's names of the nodes, in the order of SLURM_NODEID.
-        address: of the first node, where ranks will meet.
-        port: there; it is tried.
+        config_path: RUN/config.yaml, which all nodes read.
+        nodes: by Slurm's names, in the order of SLURM_NODEID.
+        master: address and port on the first node, where ranks will meet; they are tried.
+        step: gives the command that runs `python WORDS` once on each of `nodes`: one process must be
+            able to fail alone, and lines must arrive whole (srun without --kill-on-bad-exit, --unbuffered).
     """
-    raise NotImplementedError
+    words = [
+        "-m", "launcher", "preflight-node", str(config_path.resolve()), "--master", f"{master[0]}:{master[1]}",
+        "--nodes", str(len(nodes)), "--nonce", secrets.token_hex(8),
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        step(words), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        errors="replace",
+    )  # fmt: skip
+    in_time = True
+    try:
+        out, messages = process.communicate(timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        in_time = False
+        process.terminate()  # srun ends its tasks, and passes on what they have said
+        try:
+            out, messages = process.communicate(timeout=30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            out, messages = process.communicate()
+    finally:
+        if process.poll() is None:  # a signal ends the wait
+            process.terminate()
+    reports = read_reports(out, nodes)
+    for report in reports:
+        if not report.done:
+            report.message = _about(report.node, messages) if in_time else f"not done after {limit_s:.0f} s"
+    return judge(reports, master)
 
 
-def check_node(config: Config) -> list[Finding]:
-    """What can be seen on one node alone."""
-    raise NotImplementedError
+def read_reports(out: str, nodes: list[str]) -> list[NodeReport]:
+    """What the nodes have printed, one report each, in order."""
+    reports = [NodeReport(node) for node in nodes]
+    pieces: dict[tuple[int, int], dict[int, str]] = {}
+    for match in re.finditer(rf"{MARK} (\d+) (\d+) (\d+)/(\d+) ([^\n]*)", out):
+        node, record, piece, count = map(int, match.groups()[:4])
+        found = pieces.setdefault((node, record), {})
+        found[piece] = match[5]
+        if len(found) == count and node < len(reports):
+            reports[node].take(json.loads("".join(found[number] for number in range(count))))
+    return reports
 
 
-def compare(findings_by_node: dict[str, list[Finding]]) -> list[Finding]:
-    """What the nodes' findings say together: who differs, who is slow, who is missing."""
-    raise NotImplementedError
+def _about(node: str, messages: str) -> str:
+    """The lines of srun's messages that name a node; all of them where none does."""
+    lines = [line for line in messages.splitlines() if line.strip()]
+    own = [line for line in lines if re.search(rf"\b{re.escape(node)}\b", line)]
+    # execve's error names no node; srun's line beside it does.
+    causes = [line for line in lines if "execve" in line]
+    return "; ".join(dict.fromkeys([*own, *causes] or lines[-MESSAGE_LINES:])) or "srun says nothing"
+
+
+@dataclass
+class Speaker:
+    """Prints a node's records, in pieces that no other node's can get into."""
+
+    number: int
+    _records: int = field(default=0, init=False)
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        text = json.dumps(record)
+        pieces = [text[start : start + PIECE] for start in range(0, len(text), PIECE)]
+        for place, piece in enumerate(pieces):
+            print(f"{MARK} {self.number} {self._records} {place}/{len(pieces)} {piece}", flush=True)
+        self._records += 1
+
+
+def run_on_node(config_path: Path, meeting: Any) -> None:
+    """What srun starts once on each node.
+
+    Args:
+        meeting: a `between_nodes.Meeting`.
+    """
+    from launcher.between_nodes import NoMeeting, look_together
+    from launcher.node_checks import check_node
+
+    say = Speaker(meeting.number)
+    try:
+        config = load_config(config_path)
+        for finding in check_node(config, meeting.number == 0, meeting.nodes):
+            say({"finding": asdict(finding)})
+        look_together(meeting, Path(config.run_dir), say)
+        say({"done": True})
+    except NoMeeting as error:
+        say({"no_meeting": str(error)})
+        say({"done": True})
+    except Exception as error:
+        traceback.print_exc()
+        say({"finding": asdict(Finding("checks", f"{type(error).__name__}: {error}", ok=False))})
+        say({"done": True})

@@ -288,6 +288,8 @@ def replay(
 
 @app.command()
 def doctor(
+    recipe: Annotated[Path | None, typer.Argument(help="YAML recipe; whether it could start is looked at too")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.subkey=value ...")] = None,
     gpu: Annotated[
         bool, typer.Option("--gpu", help="check the GPU paths, in ten minutes (without a GPU: small)")
     ] = False,
@@ -295,15 +297,19 @@ def doctor(
 ) -> None:
     """Say what this machine has and whether a run would start; with --gpu, compare its results with the reference.
 
+    With a recipe, also whether its model, shards and directories are there and its numbers fit together.
+
     Ends with 0 if all is right, else with 1.
     """
+    if gpu and recipe:
+        raise typer.BadParameter("--gpu takes no recipe: it brings its own")
     if gpu:
         from megablip.doctor.gpu import doctor_gpu
 
         raise typer.Exit(doctor_gpu(output))
     from megablip.doctor import doctor
 
-    raise typer.Exit(doctor())
+    raise typer.Exit(doctor(recipe, overrides or []))
 
 
 def main() -> None:

@@ -159,7 +159,7 @@ def test_doctor_finds_a_stale_build_lock(monkeypatch, tmp_path):
     lock.touch()
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setattr(doctor.time, "time", lambda: lock.stat().st_mtime + 7200)
-    findings = doctor._stale_builds()
+    findings = doctor.stale_builds()
     assert [finding.ok for finding in findings] == [False]
     assert findings[0].remedy == f"rm {lock}"
 

@@ -1,4 +1,4 @@
-"""`megablip doctor`: what this machine has, and what follows from it."""
+"""`megablip doctor [RECIPE]`: what this machine has, whether a recipe could start, and what follows from it."""
 
 from __future__ import annotations
 
@@ -6,40 +6,37 @@ import os
 import platform
 import shutil
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
 from packaging.requirements import Requirement
-from rich.console import Console
-from rich.table import Table
+
+from megablip.config import Config, load_config
+from megablip.doctor.finding import Finding, attempted, show
+from megablip.doctor.recipe import check_recipe
+from megablip.engine.topology import computes_on_gpu, has_gpu
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One line: what was looked at, what was found, and what to do if it is not right."""
+def doctor(recipe: Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> int:
+    """Print the findings; the exit code: 0 if a run may start, else 1.
 
-    subject: str
-    found: str
-    ok: bool
-    remedy: str = ""
-
-
-def doctor() -> int:
-    """Print the findings; the number of those that are not right, as exit code (0 or 1)."""
-    findings = all_findings()
-    table = Table("", "what", "found", "to do")
-    for finding in findings:
-        table.add_row("ok" if finding.ok else "!!", finding.subject, finding.found, finding.remedy)
-    Console().print(table)
+    Raises:
+        ConfigError: the recipe can't be read.
+    """
+    config = load_config(recipe, overrides) if recipe else None
+    findings = all_findings(config) + (check_recipe(config, on_gpu=has_gpu()) if config else [])
+    show(findings)
     return int(any(not finding.ok for finding in findings))
 
 
-def all_findings() -> list[Finding]:
-    return [*_packages(), *_device(), *_stale_builds(), _disk()]
+def all_findings(config: Config | None = None) -> list[Finding]:
+    """Of this machine; with a recipe, for that one's precision, heads and choice of attention."""
+    return [*packages(), *device(config), *stale_builds(), _disk()]
 
 
-def _packages() -> list[Finding]:
+def packages() -> list[Finding]:
+    """Whether the versions are those that megablip was made for."""
     findings = [Finding("python", platform.python_version(), True)]
     try:
         requirements = metadata.requires("megablip") or []
@@ -59,23 +56,41 @@ def _packages() -> list[Finding]:
     return findings
 
 
-def _device() -> list[Finding]:
+def device(config: Config | None = None) -> list[Finding]:
+    """GPUs, and the backend that attention runs on."""
     import torch
 
-    from megablip.model.attention import select_backend
-
-    if torch.cuda.is_available():
-        names = {torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
-        found = f"{torch.cuda.device_count()} x {', '.join(sorted(names))}, CUDA {torch.version.cuda}"
-        device = "cuda"
-    else:
+    wanted = config.model.attention if config else "auto"
+    if not computes_on_gpu():
         found = f"no GPU; {os.cpu_count()} cores ({torch.backends.cpu.get_cpu_capability()}), gloo"
-        device = "cpu"
-    attention = select_backend(device, torch.bfloat16)
-    return [Finding("device", found, True), Finding("attention", str(attention), True)]
+        runs = wanted not in ("flash_attn", "torch_varlen")
+        attention = Finding(
+            "attention",
+            "SDPA per document, as there is no GPU" if runs else f"model.attention is {wanted}, and there is no GPU",
+            ok=runs,
+            remedy="" if runs else "set it to auto, or run where there is a GPU",
+        )
+        return [Finding("device", found), attention]
+    names = {torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
+    found = f"{torch.cuda.device_count()} x {', '.join(sorted(names))}, CUDA {torch.version.cuda}"
+    return [Finding("device", found), *attempted("attention", lambda: _attention(config, wanted))]
 
 
-def _stale_builds() -> list[Finding]:
+def _attention(config: Config | None, wanted: str) -> Iterator[Finding]:
+    import torch
+
+    from megablip.model.attention import head_sizes, select_backend
+    from megablip.model.blip3 import Blip3Config
+
+    heads, dtype = (), torch.bfloat16
+    if config:
+        model = Blip3Config.of_run(config.model)
+        heads = head_sizes(model.text_config, model.sampler)
+        dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+    yield Finding("attention", str(select_backend("cuda", dtype, heads, wanted)))
+
+
+def stale_builds() -> list[Finding]:
     """A killed build of a DeepSpeed op leaves a lock that every later run waits on, silently."""
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
     stale = [lock for lock in root.glob("**/lock") if time.time() - lock.stat().st_mtime > 3600]
