@@ -110,6 +110,20 @@ def node(
     raise typer.Exit(run_node(config, hostfile, (address, int(port)) if master else None))
 
 
+@app.command("preflight-node", hidden=True)
+def preflight_node(
+    config: Annotated[Path, typer.Argument(help="RUN/config.yaml")],
+    master: Annotated[str, typer.Option(help="ADDRESS:PORT where the nodes meet")],
+    nodes: Annotated[int, typer.Option(help="of the job")],
+    nonce: Annotated[str, typer.Option(help="of this check")],
+) -> None:
+    """What `supervise` starts on each node before the ranks."""
+    from launcher.preflight import run_on_node
+
+    address, _, port = master.rpartition(":")
+    run_on_node(config, (address, int(port)), nodes, nonce)
+
+
 if __name__ == "__main__":
     try:
         app()

@@ -73,10 +73,9 @@ def meet(meeting: Meeting) -> TCPStore:
             wait_for_workers=False,
         )
     except (DistError, RuntimeError) as error:
-        text = str(error).partition("\n")[0]
         if meeting.number == 0 and (os.strerror(errno.EADDRINUSE) in str(error) or "EADDRINUSE" in str(error)):
             raise NoMeeting(f"port {meeting.port} is taken by another program") from None
-        raise NoMeeting(text) from None
+        raise NoMeeting(_first_line(error)) from None
 
 
 class Together:
@@ -94,7 +93,7 @@ class Together:
                 store.set("members", json.dumps(self._arrived()))
             self.members: list[int] = json.loads(self._get("members", ARRIVE_S + 10))
         except (DistError, RuntimeError) as error:
-            raise NoMeeting(f"the first node stopped answering: {str(error).partition(chr(10))[0]}") from None
+            raise NoMeeting(f"the first node stopped answering: {_first_line(error)}") from None
         if meeting.number not in self.members:
             raise NoMeeting(f"this node took longer than {ARRIVE_S:.0f} s to get ready; the others began without it")
 
@@ -167,7 +166,7 @@ class Together:
                 try:
                     yield self._sum(other, slot, device)
                 except Exception as error:  # gloo and NCCL raise several kinds, and all mean the same here
-                    yield Sum(other, device, error=str(error).strip().partition("\n")[0] or type(error).__name__)
+                    yield Sum(other, device, error=_first_line(error))
                     failed.add(other)
                     break
             if len(failed) == GIVE_UP_AFTER:
@@ -194,11 +193,11 @@ class Together:
         return Sum(other, device, gb_per_s=4 * values / min(seconds[1:]) / 1e9)
 
     def leave(self) -> None:
-        """The first node keeps the store until all have done."""
-        self._store.add("left", 1)
-        if self.meeting.number == 0:
-            deadline = time.monotonic() + PAIR_S * (GIVE_UP_AFTER + 1)
-            with suppress(DistError, RuntimeError):
+        """The first node keeps the store until all have done, or could have."""
+        with suppress(DistError, RuntimeError):
+            self._store.add("left", 1)
+            if self.meeting.number == 0:
+                deadline = time.monotonic() + 3 * GIVE_UP_AFTER * PAIR_S
                 while self._store.add("left", 0) < len(self.members) and time.monotonic() < deadline:
                     time.sleep(0.05)
 
@@ -233,7 +232,7 @@ def devices() -> list[str]:
 def _group(store: PrefixStore, side: int, device: str) -> Any:
     """A process group of two, without the ceremony of the default one, which all would have to join."""
     limit = timedelta(seconds=PAIR_S)
-    if device == "cpu":
+    if torch.device(device).type == "cpu":
         return torch.distributed.ProcessGroupGloo(store, side, 2, limit)
     torch.cuda.set_device(torch.device(device))
     options = torch.distributed.ProcessGroupNCCL.Options()
@@ -242,7 +241,7 @@ def _group(store: PrefixStore, side: int, device: str) -> Any:
 
 
 def _synchronize(device: str) -> None:
-    if device != "cpu":
+    if torch.device(device).type == "cuda":
         torch.cuda.synchronize(torch.device(device))
 
 
@@ -257,8 +256,15 @@ def look_together(meeting: Meeting, shared: Path, say: Say) -> None:
     """
     together = Together(meeting, meet(meeting))
     say({"members": together.members})
-    say({"clock_s": together.clock_s()})
-    say({"unseen": together.unseen(shared)})
-    for result in together.sums(devices()):
-        say({"sum": vars(result)})
+    try:
+        say({"clock_s": together.clock_s()})
+        say({"unseen": together.unseen(shared)})
+        for result in together.sums(devices()):
+            say({"sum": vars(result)})
+    except (DistError, RuntimeError) as error:
+        raise NoMeeting(f"the first node stopped answering: {_first_line(error)}") from None
     together.leave()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -27,13 +27,8 @@ ENOUGH_LOCKED_BYTES = 64 << 30
 SMI_FIELDS = ("name", "driver_version", "memory.used", "ecc.errors.uncorrected.volatile.total")
 
 
-def check_node(config: Config, first: bool, nodes: int) -> Iterator[Finding]:
-    """What can be seen on one node alone, as it becomes known.
-
-    Args:
-        first: it is the one that looks at what is the same everywhere.
-        nodes: of the job.
-    """
+def check_node(config: Config) -> Iterator[Finding]:
+    """What can be seen on one node alone, as it becomes known."""
     yield code()
     yield from packages()
     yield from stale_builds()
@@ -42,11 +37,14 @@ def check_node(config: Config, first: bool, nodes: int) -> Iterator[Finding]:
     yield from interfaces()
     yield from folders()
     yield from check_paths(config)
-    if first:
-        yield from check_tokens(config)
-        yield from check_space(config)
-        yield from check_batch(config, nodes, has_gpu())
     yield from device(config)
+
+
+def check_common(config: Config, nodes: int) -> Iterator[Finding]:
+    """What is the same on all nodes, so that one of them looks at it."""
+    yield from check_tokens(config)
+    yield from check_space(config)
+    yield from check_batch(config, nodes, has_gpu())
 
 
 def code() -> Finding:
@@ -155,7 +153,7 @@ def interfaces() -> list[Finding]:
                     f"{variable} is {wanted}, and there are {', '.join(sorted(there))}",
                     ok=False,
                     means="the ranks of this node can't reach the others",
-                    remedy="set network_interface in the profile to one that all nodes have; `ip -br address` lists them",
+                    remedy="set network_interface in the profile to one that all nodes have (`ip -br address`)",
                 )
             )
     return found

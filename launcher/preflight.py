@@ -8,11 +8,14 @@ can't write still tells; one that says nothing is named with srun's own words.
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
 import subprocess
+import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from typing import Any
 from launcher.verdict import NodeReport, Report, judge
 from megablip.config import Config, load_config
 from megablip.doctor.finding import Finding
+from megablip.engine.topology import node_name
 
 LIMIT_S = 420.0  # for all nodes to tell all
 MARK = "@preflight"
@@ -82,7 +86,8 @@ def read_reports(out: str, nodes: list[str]) -> list[NodeReport]:
         found = pieces.setdefault((node, record), {})
         found[piece] = match[5]
         if len(found) == count and node < len(reports):
-            reports[node].take(json.loads("".join(found[number] for number in range(count))))
+            with suppress(ValueError, KeyError, TypeError):  # a damaged one is as good as none
+                reports[node].take(json.loads("".join(found[number] for number in range(count))))
     return reports
 
 
@@ -106,24 +111,28 @@ class Speaker:
         text = json.dumps(record)
         pieces = [text[start : start + PIECE] for start in range(0, len(text), PIECE)]
         for place, piece in enumerate(pieces):
-            print(f"{MARK} {self.number} {self._records} {place}/{len(pieces)} {piece}", flush=True)
+            # One write, which a pipe takes whole; `print` may make two of a line and its end.
+            line = f"{MARK} {self.number} {self._records} {place}/{len(pieces)} {piece}\n"
+            os.write(sys.stdout.fileno(), line.encode())
         self._records += 1
 
 
-def run_on_node(config_path: Path, meeting: Any) -> None:
-    """What srun starts once on each node.
+def run_on_node(config_path: Path, master: tuple[str, int], nodes: int, nonce: str) -> None:
+    """What srun starts once on each node."""
+    from launcher.between_nodes import Meeting, NoMeeting, look_together
+    from launcher.node_checks import check_common, check_node
 
-    Args:
-        meeting: a `between_nodes.Meeting`.
-    """
-    from launcher.between_nodes import NoMeeting, look_together
-    from launcher.node_checks import check_node
-
+    meeting = Meeting(
+        *master, number=int(os.environ.get("SLURM_NODEID", 0)), nodes=nodes, node=node_name(), nonce=nonce
+    )
     say = Speaker(meeting.number)
     try:
         config = load_config(config_path)
-        for finding in check_node(config, meeting.number == 0, meeting.nodes):
+        for finding in check_node(config):
             say({"finding": asdict(finding)})
+        if meeting.number == 0:
+            for finding in check_common(config, nodes):
+                say({"common": asdict(finding)})
         look_together(meeting, Path(config.run_dir), say)
         say({"done": True})
     except NoMeeting as error:

@@ -12,7 +12,7 @@ from typing import Any
 from megablip.doctor.finding import Finding, show
 
 CLOCKS_S = 2.0  # apart
-SLOW = 0.5  # of the median of all pairs
+SLOW = 0.5  # of what is usual
 SLOW_PORT = 0.25  # of what one port of the fabric carries
 SAME = ("code", "python", "GPUs", "driver", "fabric", "device")
 """Subjects that nodes should agree in, beside the packages; of hardware a difference is only told."""
@@ -41,6 +41,8 @@ class NodeReport:
         [(kind, value)] = record.items()
         if kind == "finding":
             self.findings.append(Finding(**value).on(self.node))
+        elif kind == "common":
+            self.findings.append(Finding(**value))
         elif kind == "sum":
             self.sums.append(value)
         else:
@@ -84,7 +86,13 @@ class Report:
         grouped: dict[Finding, list[str]] = {}
         for finding in self.findings:
             grouped.setdefault(replace(finding, node=""), []).append(finding.node)
-        show([finding.on(self._names(nodes)) for finding, nodes in grouped.items()])
+        right = [finding for finding, nodes in grouped.items() if finding.ok and nodes == self.nodes]
+        versions = [finding for finding in right if _is_version(finding)]
+        lines = [finding.on(self._names(nodes)) for finding, nodes in grouped.items() if finding not in versions]
+        if versions:
+            found = ", ".join(f"{finding.subject} {finding.found}" for finding in versions)
+            lines.insert(0, Finding("versions", found, node=self._names(self.nodes)))
+        show(lines)
 
     def _names(self, nodes: list[str]) -> str:
         if len(nodes) == len(self.nodes) > 1:
@@ -161,7 +169,7 @@ def _differences(reports: list[NodeReport]) -> Iterable[Finding]:
     values: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for report in reports:
         for finding in report.findings:
-            if finding.subject in SAME or re.fullmatch(r"[\w.]*\d[\w.+]*", finding.found):  # a version
+            if finding.subject in SAME or _is_version(finding):
                 values[finding.subject][finding.found].append(report.node)
     for subject, by_value in values.items():
         ranked = sorted(by_value.items(), key=lambda item: -len(item[1]))
@@ -267,14 +275,17 @@ def _bandwidth(reports: list[NodeReport], speeds: dict[frozenset[str], float], n
         )  # fmt: skip
     else:
         yield Finding("all-reduce", found)
-    slow = {pair for pair, speed in speeds.items() if speed < SLOW * median}
+    # Of three nodes a slow one makes two of three pairs slow, so the middle of all pairs tells nothing.
+    best = {node: max((speed for pair, speed in speeds.items() if node in pair), default=0.0) for node in names}
+    usual = statistics.median(speed for speed in best.values() if speed)
+    slow = {pair for pair, speed in speeds.items() if speed < SLOW * usual}
     means, remedy = "every step waits for it", "leave the node out, and have its network looked at"
     for node, count in blame(slow, names).items():
         own = statistics.median(speeds[pair] for pair in slow if node in pair)
-        found = f"{own:.2f} GB/s with {count} others, {median:.2f} elsewhere"
+        found = f"{own:.2f} GB/s with {count} others, {usual:.2f} elsewhere"
         yield Finding("all-reduce", found, warns=True, node=node, means=means, remedy=remedy)
     for pair in undecided(slow, names):
-        found = f"{speeds[pair]:.2f} GB/s between {' and '.join(sorted(pair))}, {median:.2f} elsewhere"
+        found = f"{speeds[pair]:.2f} GB/s between {' and '.join(sorted(pair))}, {usual:.2f} elsewhere"
         yield Finding("all-reduce", found, warns=True, means=means, remedy="have the network between them looked at")
 
 
@@ -299,6 +310,10 @@ def undecided(pairs: set[frozenset[str]], nodes: list[str]) -> list[frozenset[st
     """The pairs that `blame` finds no one node for."""
     guilty = set(blame(pairs, nodes))
     return sorted((pair for pair in pairs if not pair & guilty), key=sorted)
+
+
+def _is_version(finding: Finding) -> bool:
+    return re.fullmatch(r"[\w.]*\d[\w.+]*", finding.found) is not None
 
 
 def _some(nodes: list[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
@@ -10,6 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from megablip.errors import MegablipError
+
+LOG_COLUMNS = 160
 
 
 @dataclass(frozen=True)
@@ -60,4 +63,7 @@ def show(findings: list[Finding], console: Console | None = None) -> None:
     for finding in findings:
         cells = [finding.mark, *([finding.node] if nodes else [])]
         table.add_row(*map(escape, [*cells, finding.subject, finding.found, finding.means, finding.remedy]))
-    (console or Console()).print(table)
+    console = console or Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:  # a log
+        console.width = LOG_COLUMNS
+    console.print(table)
