@@ -74,6 +74,15 @@ class Report:
         return {node: "; ".join(found) for node, found in reasons.items()}
 
     @property
+    def reason(self) -> str:
+        """All that is wrong, in one line."""
+        wrong: dict[str, list[str]] = {}
+        for finding in self.findings:
+            if not finding.ok:
+                wrong.setdefault(f"{finding.subject}: {finding.found}", []).append(finding.node)
+        return "; ".join(f"{self._names(nodes)}: {what}".removeprefix(": ") for what, nodes in wrong.items())
+
+    @property
     def usable(self) -> list[str]:
         """Nodes that the run could go on with; none if something is wrong that no single node is to blame for."""
         if any(not finding.ok and not finding.node for finding in self.findings):
