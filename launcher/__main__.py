@@ -60,8 +60,11 @@ def print_command(recipe: Recipe, overrides: Overrides = None, hostfile: Hostfil
 @app.command()
 def status(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="run directory")]) -> None:
     """Show a run's attempts: when, where, from which step to which, loss and speed, how each ended and why."""
+    from launcher.job import job_state
     from launcher.status import show_status
 
+    if state := job_state(run_dir):
+        print(state)
     show_status(run_dir)
 
 
@@ -78,12 +81,11 @@ def slurm(
     The job ends with 0 when the run is finished, 75 when it was stopped and has saved (a requeued job goes on by
     itself), 1 when it failed too often or twice at the same step, 69 when no node passed its checks.
     """
-    from launcher.job import write_job
-    from launcher.submit import submit as hand_over
+    from launcher.job import submit_job, write_job
 
     script = write_job(recipe, overrides or [], profile, nodes)
     if submit:
-        print(f"job {hand_over(script)}: {script}")
+        print(f"job {submit_job(script)}: {script}")
     else:
         print(script.read_text())
         print(f"# not submitted; --submit hands it over: {script}")
@@ -101,13 +103,17 @@ def supervise(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="run d
 def node(
     config: Annotated[Path, typer.Argument(help="RUN/config.yaml")],
     hostfile: Hostfile = None,
-    master: Annotated[str | None, typer.Option(help="ADDRESS:PORT where the ranks meet")] = None,
+    nodes: Annotated[str | None, typer.Option(help="of the attempt, from `supervise`")] = None,
+    master: Annotated[str | None, typer.Option(help="ADDRESS:PORT where the ranks meet, from `supervise`")] = None,
 ) -> None:
     """Start this machine's ranks of a run: on each node by srun, by torchrun, or by hand with a hostfile."""
     from launcher.node import run_node
 
     address, _, port = (master or "").rpartition(":")
-    raise typer.Exit(run_node(config, hostfile, (address, int(port)) if master else None))
+    place = (address, int(port)) if master else None
+    raise typer.Exit(
+        run_node(config, hostfile=hostfile, nodes=nodes.split(",") if nodes else None, meeting_place=place)
+    )
 
 
 @app.command("preflight-node", hidden=True)

@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,18 +15,24 @@ from typing import Any, Protocol
 from launcher.profile import ClusterProfile
 from megablip.engine.topology import hosts_of, job_port, node_name
 from megablip.errors import ConfigError, MegablipError
-from megablip.launch import lives_here
+from megablip.launch import free_port, lives_here
 
 # What `scontrol requeue` may bring back: neither a job that its user has cancelled, nor one that
 # is on its way back already.
 _REQUEUED_FROM = {"RUNNING", "TIMEOUT", "PREEMPTED"}
-_ALIVE = {"RUNNING", "SUSPENDED", "COMPLETING", "STOPPED"}
+_HAS_NODES = {"RUNNING", "SUSPENDED"}
+_ALIVE = {*_HAS_NODES, "COMPLETING", "STOPPED"}
 _COMMAND_S = 60  # slurmctld may be busy
 _PORTS_TRIED = 100
+_TRIES, _PAUSE_S = 20, 15.0
 
 
 class SlurmError(MegablipError):
     """A command of Slurm's that failed."""
+
+
+class JobLostError(SlurmError):
+    """Slurm has taken the nodes of the job away; another start of it may have them."""
 
 
 class Allocation(Protocol):
@@ -36,15 +43,23 @@ class Allocation(Protocol):
         ...
 
     def usable_nodes(self) -> tuple[list[str], dict[str, str]]:
-        """Nodes that can be used now, in the order of ranks, and the others with what is wrong with them."""
+        """Nodes that can be used now, in the order of ranks, and the others with what is wrong with them.
+
+        Raises:
+            JobLostError: there are none any more.
+        """
         ...
 
-    def step(self, nodes: list[str], words: list[str]) -> list[str]:
-        """A command line that runs `python WORDS` once on each of `nodes`, in this folder."""
+    def step(self, nodes: list[str], words: list[str], each_alone: bool = False) -> list[str]:
+        """A command line that runs `python WORDS` once on each of `nodes`, in this folder.
+
+        Args:
+            each_alone: one that fails does not end the others.
+        """
         ...
 
-    def meeting_place(self, nodes: list[str], number: int) -> tuple[str, int] | None:
-        """Address and port where the ranks of the number-th attempt on `nodes` meet; None: the node chooses."""
+    def meeting_place(self, nodes: list[str], number: int) -> tuple[str, int]:
+        """Address of the first of `nodes`, and a port there, for the number-th attempt."""
         ...
 
     def is_alive(self, attempt: dict[str, Any]) -> str:
@@ -65,11 +80,11 @@ class ThisMachine:
     def usable_nodes(self) -> tuple[list[str], dict[str, str]]:
         return [node_name()], {}
 
-    def step(self, nodes: list[str], words: list[str]) -> list[str]:
+    def step(self, nodes: list[str], words: list[str], each_alone: bool = False) -> list[str]:
         return [sys.executable, *words]
 
-    def meeting_place(self, nodes: list[str], number: int) -> tuple[str, int] | None:
-        return None
+    def meeting_place(self, nodes: list[str], number: int) -> tuple[str, int]:
+        return "127.0.0.1", free_port()
 
     def is_alive(self, attempt: dict[str, Any]) -> str:
         return lives_here(attempt)
@@ -84,11 +99,12 @@ class SlurmJob:
     Args:
         job: its id.
         restarts: how often it has been requeued.
+        nodes: how many it has been given.
         profile: of the cluster.
     """
 
-    def __init__(self, job: int, restarts: int, profile: ClusterProfile):
-        self.job, self._restarts, self._profile = job, restarts, profile
+    def __init__(self, job: int, restarts: int, nodes: int, profile: ClusterProfile):
+        self.job, self._restarts, self._nodes, self._profile = job, restarts, nodes, profile
 
     @classmethod
     def here(cls, profile: ClusterProfile) -> SlurmJob:
@@ -99,14 +115,21 @@ class SlurmJob:
         """
         if "SLURM_JOB_ID" not in os.environ:
             raise ConfigError("this is no Slurm job", remedy="submit one: python -m launcher slurm RECIPE --submit")
-        return cls(int(os.environ["SLURM_JOB_ID"]), int(os.environ.get("SLURM_RESTART_COUNT", 0)), profile)
+        job, restarts, nodes = (
+            int(os.environ.get(f"SLURM_{name}", default))
+            for name, default in (("JOB_ID", ""), ("RESTART_COUNT", "0"), ("JOB_NUM_NODES", "1"))
+        )
+        return cls(job, restarts, nodes, profile)
 
     def facts(self) -> dict[str, Any]:
         return {"job": self.job, "restarts": self._restarts}
 
     def usable_nodes(self) -> tuple[list[str], dict[str, str]]:
+        facts = self._show("job", str(self.job))
+        if facts["JobState"] not in _HAS_NODES or int(facts.get("Restarts", self._restarts)) != self._restarts:
+            raise JobLostError(f"job {self.job} is {facts['JobState']}, and the nodes are no longer this process's")
         # Not SLURM_JOB_NODELIST: Slurm takes a node that is lost out of the job.
-        nodes = hosts_of(self._show("job", str(self.job))["NodeList"])
+        nodes = hosts_of(facts["NodeList"])
         bad = {}
         for node in nodes:
             state = self._show("node", node).get("State", "UNKNOWN")
@@ -115,18 +138,17 @@ class SlurmJob:
                 bad[node] = f"Slurm says {state}"
         return [node for node in nodes if node not in bad], bad
 
-    def step(self, nodes: list[str], words: list[str]) -> list[str]:
-        return [*self.srun(nodes), *self._profile.step_command(words, Path.cwd())]
-
-    def srun(self, nodes: list[str]) -> list[str]:
-        """srun, and the options that make it start one task on each of `nodes`."""
+    def step(self, nodes: list[str], words: list[str], each_alone: bool = False) -> list[str]:
+        # Where one node's ranks have ended, the others' can only wait for them.
+        ends = ["--kill-on-bad-exit=0"] if each_alone else ["--kill-on-bad-exit=1", "--wait=60"]
         return [
             "srun", f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", "--ntasks-per-node=1",
             f"--nodelist={','.join(nodes)}",
-            "--kill-on-bad-exit=1", "--wait=60",  # where a node's ranks have ended, the others' can only wait for them
+            *ends,
             "--overlap",  # a step that has lost a node holds what it had on the others, which the next one needs
             "--cpu-bind=none",  # else all ranks of a node may share the one core of their one task
             "--mpi=none", "--input=none",
+            *self._profile.step_command(words, Path.cwd()),
         ]  # fmt: skip
 
     def meeting_place(self, nodes: list[str], number: int) -> tuple[str, int]:
@@ -152,29 +174,48 @@ class SlurmJob:
         return f"job {job} is {state}" if state in _ALIVE else ""
 
     def requeue(self, bad_nodes: Iterable[str]) -> str:
-        state = self.state()
-        if state not in _REQUEUED_FROM:
-            return f"Slurm has the job as {state}; it is left so"
+        facts = self._show("job", str(self.job))
+        if facts["JobState"] not in _REQUEUED_FROM:
+            # Cancelled, or requeued by somebody else.
+            return f"Slurm has the job as {facts['JobState']}; it is left so"
         try:
             _slurm("scontrol", "requeue", str(self.job))
         except SlurmError as error:
             return f"the job can't be requeued, submit it again to go on: {error}"
         told = f"job {self.job} is requeued"
         if bad := sorted(bad_nodes):
+            # Possible from now on only, as the job is pending; it ends when this process does.
+            excluded = [listed] if (listed := facts.get("ExcNodeList", "(null)")) != "(null)" else []
+            count = self._nodes
+            changes = [f"ExcNodeList={','.join([*excluded, *bad])}", f"NumNodes={max(count - len(bad), 1)}-{count}"]
             try:
-                _slurm("scontrol", "update", f"JobId={self.job}", f"ExcNodeList={','.join(bad)}")
-                told += f" without {', '.join(bad)}"
+                _slurm("scontrol", "update", f"JobId={self.job}", *changes)
+                told += f" without {', '.join(bad)} (scontrol update, ExcNodeList: to have them back)"
             except SlurmError as error:
                 told += f", but {', '.join(bad)} can't be excluded: {error}"
         return told
 
-    def state(self) -> str:
-        """Such as RUNNING, CANCELLED, PENDING."""
-        return self._show("job", str(self.job))["JobState"]
-
     def _show(self, kind: str, name: str) -> dict[str, str]:
-        text = _slurm("scontrol", "show", kind, name, "--oneliner")
-        return dict(re.findall(r"(?:^|\s)(\w+)=(\S*)", text))
+        """What Slurm knows of a job or a node; patient, for slurmctld may just be started anew."""
+        for tries_left in reversed(range(_TRIES)):
+            try:
+                return show(kind, name)
+            except SlurmError as error:
+                if not tries_left or "Invalid" in error.what:
+                    raise
+                print(f"{error.what}; once more in {_PAUSE_S:.0f} s", file=sys.stderr, flush=True)
+                time.sleep(_PAUSE_S)
+        raise AssertionError("unreachable")
+
+
+def show(kind: str, name: str) -> dict[str, str]:
+    """Fields of a job or a node, as Slurm has them now.
+
+    Raises:
+        SlurmError: it has none of this name, or does not answer.
+    """
+    text = _slurm("scontrol", "show", kind, name, "--oneliner")
+    return dict(re.findall(r"(?:^|\s)(\w+)=(\S*)", text))
 
 
 def _slurm(*command: str) -> str:

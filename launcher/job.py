@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from launcher.allocation import SlurmJob
+from launcher.allocation import SlurmError, SlurmJob, show
 from launcher.profile import dump_profile, load_profile
 from launcher.render import render_job
+from launcher.submit import submit
 from launcher.supervise import Supervisor
 from megablip.config import dump_config, load_config
 from megablip.errors import ConfigError
 
-FOLDER = "launch"
+FOLDER, JOB = "launch", "job"
 
 
 def write_job(recipe: Path, overrides: list[str], profile_name: str, nodes: int) -> Path:
@@ -54,6 +55,36 @@ def write_job(recipe: Path, overrides: list[str], profile_name: str, nodes: int)
     except OSError as error:
         raise ConfigError(f"the job can't be written: {error}", where=str(script.parent)) from None
     return script
+
+
+def submit_job(script: Path) -> int:
+    """Hand a script that `write_job` has written to Slurm; the job's number.
+
+    Raises:
+        ConfigError: the run has a job already, or Slurm refuses this one.
+    """
+    if state := job_state(script.parent.parent):
+        raise ConfigError(
+            f"the run has a job already: {state}",
+            where=str(script.parent),
+            remedy="wait for it, or scancel it first; a failed or requeued run goes on by itself",
+        )
+    number = submit(script)
+    (script.parent / JOB).write_text(f"{number}\n")
+    return number
+
+
+def job_state(run_dir: Path) -> str:
+    """The job of a run that waits or runs, in words; empty if there is none, or no Slurm to ask."""
+    try:
+        number = int((run_dir / FOLDER / JOB).read_text())
+        facts = show("job", str(number))
+    except (OSError, ValueError, SlurmError):  # Slurm forgets a job some minutes after its end
+        return ""
+    state, reason = facts.get("JobState"), facts.get("Reason", "None")
+    if state not in {"PENDING", "RUNNING", "SUSPENDED", "COMPLETING", "CONFIGURING"}:
+        return ""
+    return f"job {number} is {state}" + (f" ({reason})" if reason != "None" else "")
 
 
 def run_job(run_dir: Path) -> int:

@@ -20,33 +20,41 @@ from megablip.errors import ConfigError
 from megablip.launch import Machines
 
 
-def find_machines(
-    environment: Mapping[str, str], ranks: int, *, hostfile: Path | None = None, master: tuple[str, int] | None = None
-) -> Machines:
+def find_machines(environment: Mapping[str, str], ranks: int, hostfile: Path | None = None) -> Machines:
     """The machines of this process's attempt.
 
     Args:
         environment: of this process.
         ranks: of each machine, where no hostfile says otherwise.
         hostfile: as DeepSpeed takes it; it wins over the environment.
-        master: address of the first machine and port there, where they are known better than the
-            environment tells.
 
     Raises:
         ConfigError: a hostfile that can't be read or lacks this machine; several processes on one
             machine, which would each start all of its ranks.
     """
     if hostfile:
-        found = _of_hostfile(hostfile, environment)
-    elif "GROUP_RANK" in environment and "MASTER_ADDR" in environment:
-        found = _of_torchrun(environment, ranks)
-    elif "SLURM_STEP_NODELIST" in environment and "SLURM_NODEID" in environment:
-        found = _of_slurm(environment, ranks)
-    else:
-        found = Machines.alone(ranks)
-    if master:
-        return Machines(found.slots, found.node_rank, *master)
-    return found
+        return _of_hostfile(hostfile, environment)
+    if "GROUP_RANK" in environment and "MASTER_ADDR" in environment:
+        return _of_torchrun(environment, ranks)
+    if "SLURM_STEP_NODELIST" in environment and "SLURM_NODEID" in environment:
+        return _of_slurm(environment, ranks)
+    return Machines.alone(ranks)
+
+
+def named_machines(nodes: list[str], ranks: int, meeting_place: tuple[str, int]) -> Machines:
+    """Machines that the supervisor has chosen, whatever the environment says.
+
+    Args:
+        nodes: their names, in the order of ranks.
+        ranks: of each.
+        meeting_place: address of the first one, and port there.
+
+    Raises:
+        ConfigError: this machine is none of them.
+    """
+    if node_name() not in nodes:
+        raise ConfigError(f"this machine, {node_name()}, is not among those of the attempt: {', '.join(nodes)}")
+    return Machines(dict.fromkeys(nodes, ranks), nodes.index(node_name()), *meeting_place)
 
 
 def all_machines(ranks: int, hostfile: Path | None = None) -> Machines:

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from launcher.allocation import Allocation
+from launcher.allocation import Allocation, JobLostError
 from megablip.config import Config
 from megablip.engine.status import ATTEMPT, EXIT_CODES, RunStatus
 from megablip.errors import SupersededError
@@ -102,30 +102,32 @@ class Supervisor:
         except StoppedBeforeStart:
             _say("stopped while no rank was there")
             return self._stop({"outcome": "stopped"})
-        except SupersededError as error:
+        except (SupersededError, JobLostError) as error:
             _say(str(error))
             return EXIT_CODES["failed"]
 
     def _find_nodes(self) -> list[str]:
+        """Nodes that Slurm has up, in the order of ranks; none if the run can't go on."""
         nodes, bad = self._allocation.usable_nodes()
-        for node, reason in bad.items():
-            if node not in self._bad_nodes:
-                _say(f"{node} is left out: {reason}")
-        self._bad_nodes |= bad
+        self._leave_out(bad)
         if not nodes:
             _say("no node can be used")
         return nodes
 
+    def _leave_out(self, bad: dict[str, str]) -> None:
+        for node, reason in bad.items():
+            _say(f"{node} is left out: {reason}")
+        self._bad_nodes |= bad
+
     def _attempt(self, config_path: Path, nodes: list[str]) -> dict[str, Any]:
         """Start the ranks on some nodes and wait until they are gone; how it ended."""
         status = RunStatus(self._run_dir)
-        meeting = self._allocation.meeting_place(nodes, len(status.attempts))
+        address, port = self._allocation.meeting_place(nodes, self._number)
         facts = {"nodes": nodes, "duration": str(self._config.duration)} | self._allocation.facts()
         status.begin(ranks=len(nodes) * self._config.engine.ranks, **facts)
         _say(f"attempt {status.attempt} on {', '.join(nodes)}")
         words = ["-m", "launcher", "node", str(config_path.resolve())]
-        if meeting:
-            words += ["--master", f"{meeting[0]}:{meeting[1]}"]
+        words += ["--nodes", ",".join(nodes), "--master", f"{address}:{port}"]
         code = self._wait(self._allocation.step(nodes, words), status)
         attempt = conclude(status, asked=bool(self._asked), reason=f"exit code {code}")
         if attempt["outcome"] == "failed":
@@ -133,6 +135,11 @@ class Supervisor:
             if lost := [node for node in nodes if node not in left]:
                 status.update(lost=lost)
         return status.current
+
+    @property
+    def _number(self) -> int:
+        """Of attempts so far; each one meets at another port, as the one before may still hold its own."""
+        return len(RunStatus(self._run_dir).attempts)
 
     def _wait(self, command: list[str], status: RunStatus) -> int:
         self._kept = KeptProcess(command, os.environ | {ATTEMPT: status.attempt})

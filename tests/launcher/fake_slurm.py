@@ -52,11 +52,14 @@ from pathlib import Path
 folder = Path({folder!r})
 state = json.loads((folder / "slurm.json").read_text())
 verb, *words = sys.argv[1:]
+if state["away"]:
+    sys.exit("slurm_load_jobs error: Unable to contact slurm controller (connect failure)")
 if verb == "show" and words[0] == "job":
     job = state["jobs"].get(words[1])
     if job is None:
         sys.exit("slurm_load_jobs error: Invalid job id specified")
-    print(f"JobId={{words[1]}} JobName=a=b JobState={{job}} NodeList={{state['nodelist']}} Command=/x y")
+    nodes = f"Restarts={{state['restarts']}} ExcNodeList=n[8-9] NodeList={{state['nodelist']}}"
+    print(f"JobId={{words[1]}} JobName=a=b JobState={{job}} {{nodes}} Command=/x y")
 elif verb == "show" and words[0] == "node":
     print(f"NodeName={{words[1]}} NodeAddr=10.0.0.1 State={{state['nodes'][words[1]]}} Reason=")
 else:
@@ -73,9 +76,11 @@ class FakeSlurm:
     def __init__(self, folder: Path, run_dir: Path, nodes: dict[str, str], nodelist: str = "n[1-2]"):
         self.bin, self._folder = folder / "bin", folder
         self.bin.mkdir(parents=True)
-        self._state: dict[str, Any] = {
-            "plays": [], "nodes": nodes, "nodelist": nodelist, "jobs": {"7": "RUNNING"}, "refuse": [],
+        state = {
+            "plays": [], "nodes": nodes, "nodelist": nodelist, "jobs": {"7": "RUNNING"}, "restarts": 0, "refuse": [],
+            "away": False,
         }  # fmt: skip
+        (folder / "slurm.json").write_text(json.dumps(state))
         for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
             values = {
                 "python": sys.executable,
@@ -85,11 +90,10 @@ class FakeSlurm:
             }
             (self.bin / name).write_text(text.format(**values))
             (self.bin / name).chmod(0o755)
-        self.set()
 
     def set(self, **changes: Any) -> None:
-        self._state |= changes
-        (self._folder / "slurm.json").write_text(json.dumps(self._state))
+        path = self._folder / "slurm.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
     def calls(self, program: str) -> list[list[str]]:
         """The arguments of each call, but those that only ask."""

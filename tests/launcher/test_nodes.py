@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launcher import nodes as module
-from launcher.nodes import all_machines, find_machines, read_hostfile
+from launcher.nodes import all_machines, find_machines, named_machines, read_hostfile
 from megablip.engine.topology import hosts_of
 from megablip.errors import ConfigError
 from megablip.launch import Machines
@@ -29,8 +29,14 @@ TORCHRUN = {
 def test_slurm():
     slots = {"gpu08": 4, "gpu09": 4, "gpu10": 4}
     assert find_machines(STEP, 4) == Machines(slots, 1, "gpu08", 14711)
-    known = find_machines(STEP, 4, master=("10.0.0.8", 12345))
-    assert known == Machines(slots, 1, "10.0.0.8", 12345)
+
+
+def test_the_supervisors_choice(monkeypatch):
+    monkeypatch.setenv("SLURMD_NODENAME", "n3")
+    found = named_machines(["n1", "n3"], 4, ("10.0.0.8", 12345))
+    assert found == Machines({"n1": 4, "n3": 4}, 1, "10.0.0.8", 12345)
+    with pytest.raises(ConfigError, match="this machine, n3, is not among those of the attempt: n1, n2"):
+        named_machines(["n1", "n2"], 4, ("10.0.0.8", 12345))
 
 
 def test_several_tasks_on_a_node_are_refused():
@@ -55,12 +61,12 @@ def test_a_hostfile(tmp_path, monkeypatch):
     path.write_text("# ours\ngpu7.cluster slots=2\n\ngpu8 slots=4 # new\n")
     monkeypatch.setenv("SLURMD_NODENAME", "gpu8.cluster")
     slots = {"gpu7.cluster": 2, "gpu8": 4}
-    assert find_machines(STEP, 1, hostfile=path) == Machines(slots, 1, "gpu7.cluster", 29500)
-    assert find_machines({"MASTER_PORT": "7000"}, 1, hostfile=path).master_port == 7000
+    assert find_machines(STEP, 1, path) == Machines(slots, 1, "gpu7.cluster", 29500)
+    assert find_machines({"MASTER_PORT": "7000"}, 1, path).master_port == 7000
     assert all_machines(1, path) == Machines(slots, 0, "gpu7.cluster", 29500)
     monkeypatch.setenv("SLURMD_NODENAME", "gpu9")
     with pytest.raises(ConfigError, match="names this machine 0 times"):
-        find_machines({}, 1, hostfile=path)
+        find_machines({}, 1, path)
 
 
 @pytest.mark.parametrize(

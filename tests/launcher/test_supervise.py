@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from launcher import allocation
 from launcher import supervise as module
 from launcher.allocation import SlurmJob
 from launcher.profile import ClusterProfile
@@ -38,8 +39,9 @@ class Scene:
         self.config = parse_config(RECIPE | {"run_dir": str(self.run_dir)} | changes, where="")
 
     def run(self, job: int = 7, restarts: int = 0) -> int:
+        self.slurm.set(restarts=restarts)
         profile = ClusterProfile(time="1:00:00", python="/bin/py")
-        return Supervisor(self.config, SlurmJob(job, restarts, profile), at_once=False).run()
+        return Supervisor(self.config, SlurmJob(job, restarts, 2, profile), at_once=False).run()
 
     @property
     def attempts(self) -> list[dict[str, Any]]:
@@ -73,7 +75,8 @@ def test_a_run_that_finishes_and_the_command_on_its_nodes(scene):
     # 10.0.0.1: as Slurm reaches the first node; the port follows from the job's number.
     where = srun.index("/bin/py")
     assert srun[where:] == [
-        "/bin/py", "-m", "launcher", "node", str(play.run_dir / "config.yaml"), "--master", "10.0.0.1:10007",
+        "/bin/py", "-m", "launcher", "node", str(play.run_dir / "config.yaml"), "--nodes", "n1,n2", "--master",
+        "10.0.0.1:10007",
     ]  # fmt: skip
 
 
@@ -218,7 +221,10 @@ def test_a_lost_node_is_left_out_and_the_requeued_job_excludes_it(scene, capsys)
     assert play.attempts[0]["lost"] == ["n2"]
     assert play.attempts[1]["ranks"] == 1
     assert "n2 is left out: Slurm says DOWN*" in capsys.readouterr().out
-    assert play.slurm.calls("scontrol") == [["requeue", "7"], ["update", "JobId=7", "ExcNodeList=n2"]]
+    assert play.slurm.calls("scontrol") == [
+        ["requeue", "7"],
+        ["update", "JobId=7", "ExcNodeList=n[8-9],n2", "NumNodes=1-2"],
+    ]
 
 
 def test_nodes_that_were_lost_do_not_make_a_repeated_failure(scene):
@@ -226,6 +232,16 @@ def test_nodes_that_were_lost_do_not_make_a_repeated_failure(scene):
     play = scene(DIED | {"then": one}, DIED | {"then": other}, {"outcome": "finished"})
     assert play.run() == 0
     assert len(play.attempts) == 3
+
+
+def test_a_job_whose_nodes_slurm_has_taken_away_is_left_alone(scene, capsys):
+    """As where the first node's slurmd was lost, and the job starts anew elsewhere while this process lives on."""
+    play = scene(DIED | {"then": {"jobs": {"7": "PENDING"}, "nodelist": "(null)"}})
+    assert play.run() == 1
+    assert "job 7 is PENDING, and the nodes are no longer this process's" in capsys.readouterr().out
+    play.slurm.set(plays=[DIED | {"then": {"restarts": 1}}, DIED], jobs={"7": "RUNNING"}, nodelist="n[1-2]")
+    assert play.run() == 1
+    assert len(play.slurm.calls("srun")) == 2, "they belong to another start of the job"
 
 
 def test_no_node_is_left(scene):
@@ -260,3 +276,13 @@ def test_what_is_left_of_a_start_that_was_superseded_ends_without_a_word(scene, 
     thread.join()
     assert play.attempts[1]["outcome"] == "running", "it is the other's to say how that one ends"
     assert not play.slurm.calls("scontrol")
+
+
+def test_slurm_that_does_not_answer_for_a_while_is_waited_for(scene, monkeypatch, capsys):
+    play = scene({"outcome": "finished"})
+    monkeypatch.setattr(allocation, "_PAUSE_S", 0.05)
+    play.slurm.set(jobs={})
+    threading.Timer(0.3, lambda: play.slurm.set(away=False)).start()
+    play.slurm.set(jobs={"7": "RUNNING"}, away=True)
+    assert play.run() == 0
+    assert "Unable to contact slurm controller" in capsys.readouterr().err
