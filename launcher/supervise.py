@@ -18,11 +18,13 @@ import subprocess
 import time
 from contextlib import suppress
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from launcher.allocation import Allocation, JobLostError
+from launcher.preflight import preflight
 from megablip.config import Config
 from megablip.engine.status import ATTEMPT, EXIT_CODES, RunStatus
 from megablip.errors import SupersededError
@@ -60,6 +62,7 @@ class Supervisor:
         self._kept: KeptProcess | None = None
         self._bad_nodes: dict[str, str] = {}
         self._attempts_before = 0
+        self._checked = False
 
     def run(self) -> int:
         """The exit code: 0 finished, 75 stopped, 1 failed, 69 no node can be used.
@@ -85,7 +88,7 @@ class Supervisor:
                 config_path = prepare(self._config)
             while True:
                 with self._stoppable():
-                    nodes = self._find_nodes()
+                    nodes = self._find_nodes(config_path)
                 if not nodes:
                     return NO_NODE
                 attempt = self._attempt(config_path, nodes)
@@ -106,12 +109,23 @@ class Supervisor:
             _say(str(error))
             return EXIT_CODES["failed"]
 
-    def _find_nodes(self) -> list[str]:
-        """Nodes that Slurm has up, in the order of ranks; none if the run can't go on."""
+    def _find_nodes(self, config_path: Path) -> list[str]:
+        """Nodes that Slurm has up and that pass their checks, in the order of ranks; none if the run can't go on."""
         nodes, bad = self._allocation.usable_nodes()
         self._leave_out(bad)
-        if not nodes:
-            _say("no node can be used")
+        while nodes:
+            meeting_place = self._allocation.meeting_place(nodes, self._number)
+            step = partial(self._allocation.step, nodes, each_alone=True)
+            report = preflight(self._config, config_path, nodes, meeting_place, step)
+            if not (report.ok and self._checked):
+                report.print()
+            self._checked = True
+            if report.ok:
+                return nodes
+            self._leave_out(report.bad)
+            nodes = report.usable  # once more, as they are to work together
+            if not nodes:
+                _say(f"the run can't start on these nodes: {report.reason}")
         return nodes
 
     def _leave_out(self, bad: dict[str, str]) -> None:

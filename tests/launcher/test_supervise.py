@@ -16,7 +16,9 @@ from launcher import supervise as module
 from launcher.allocation import SlurmJob
 from launcher.profile import ClusterProfile
 from launcher.supervise import NO_NODE, Supervisor
+from launcher.verdict import Report
 from megablip.config import parse_config
+from megablip.doctor.finding import Finding
 from megablip.engine.status import RunStatus
 from megablip.errors import ConfigError
 from tests.launcher.fake_slurm import FakeSlurm
@@ -36,12 +38,25 @@ class Scene:
         monkeypatch.setenv("PATH", f"{self.slurm.bin}:{os.environ['PATH']}")
         monkeypatch.setattr(module, "prepare", lambda config: self.run_dir / "config.yaml")
         monkeypatch.setattr(module, "PAUSE_S", 0)
+        self.checked: list[list[str]] = []
+        self.bad: dict[str, str] = {}
+        monkeypatch.setattr(module, "preflight", self.preflight)
         self.config = parse_config(RECIPE | {"run_dir": str(self.run_dir)} | changes, where="")
 
     def run(self, job: int = 7, restarts: int = 0) -> int:
         self.slurm.set(restarts=restarts)
         profile = ClusterProfile(time="1:00:00", python="/bin/py")
         return Supervisor(self.config, SlurmJob(job, restarts, 2, profile), at_once=False).run()
+
+    def preflight(self, config, config_path, nodes, meeting_place, step) -> Report:
+        """Plays the checks; `bad` are the nodes that fail, with the reason; "" is a fault of none of them."""
+        assert "--kill-on-bad-exit=0" in step(["-m", "launcher"])
+        assert meeting_place[0] == "10.0.0.1"
+        self.checked.append(nodes)
+        wrong = [
+            Finding("disk", reason, ok=False, node=node) for node, reason in self.bad.items() if node in ["", *nodes]
+        ]
+        return Report(nodes, wrong)
 
     @property
     def attempts(self) -> list[dict[str, Any]]:
@@ -232,6 +247,31 @@ def test_nodes_that_were_lost_do_not_make_a_repeated_failure(scene):
     play = scene(DIED | {"then": one}, DIED | {"then": other}, {"outcome": "finished"})
     assert play.run() == 0
     assert len(play.attempts) == 3
+
+
+def test_a_node_that_fails_its_checks_is_left_out(scene, capsys):
+    play = scene({"outcome": "stopped", "first_step": 0, "last_step": 9})
+    play.bad = {"n1": "read-only"}
+    assert play.run() == 75
+    assert play.checked == [["n1", "n2"], ["n2"]]
+    assert play.attempts[0]["nodes"] == ["n2"]
+    assert "n1 is left out: disk: read-only" in capsys.readouterr().out
+    assert play.slurm.calls("scontrol")[-1] == ["update", "JobId=7", "ExcNodeList=n[8-9],n1", "NumNodes=1-2"]
+
+
+def test_checks_are_made_before_each_attempt(scene):
+    play = scene(DIED | {"last_step": 3}, {"outcome": "finished"})
+    play.run()
+    assert play.checked == [["n1", "n2"]] * 2
+
+
+@pytest.mark.parametrize("bad", [{"": "no such shards"}, {"n1": "read-only", "n2": "read-only"}])
+def test_what_is_wrong_everywhere_starts_nothing(scene, capsys, bad):
+    play = scene()
+    play.bad = bad
+    assert play.run() == NO_NODE
+    assert play.attempts == []
+    assert "the run can't start on these nodes: " in capsys.readouterr().out
 
 
 def test_a_job_whose_nodes_slurm_has_taken_away_is_left_alone(scene, capsys):
