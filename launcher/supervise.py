@@ -27,6 +27,7 @@ from launcher.allocation import Allocation, JobLostError
 from launcher.preflight import preflight
 from megablip.config import Config
 from megablip.engine.status import ATTEMPT, EXIT_CODES, RunStatus
+from megablip.engine.topology import node_name
 from megablip.errors import SupersededError
 from megablip.launch import (
     OWNER_S,
@@ -38,6 +39,7 @@ from megablip.launch import (
     conclude,
     prepare,
 )
+from megablip.metrics.startup import STARTED, process_age_s
 
 NO_NODE = 69  # sysexits.h EX_UNAVAILABLE
 AGAIN_S = 15.0  # a signal may be lost while Slurm is still starting the tasks, so it is repeated
@@ -63,6 +65,7 @@ class Supervisor:
         self._bad_nodes: dict[str, str] = {}
         self._attempts_before = 0
         self._checked = False
+        self._began = time.time() - process_age_s()  # this attempt: what the time to its first step counts from
 
     def run(self) -> int:
         """The exit code: 0 finished, 75 stopped, 1 failed, 69 no node can be used.
@@ -83,6 +86,7 @@ class Supervisor:
     def _live(self) -> int:
         self._attempts_before = len(RunStatus(self._run_dir).attempts)
         try:
+            _say(f"preparing {self._run_dir} on {node_name()}")
             with self._stoppable():
                 claim(self._config, self._allocation.is_alive)
                 config_path = prepare(self._config)
@@ -114,6 +118,7 @@ class Supervisor:
         nodes, bad = self._allocation.usable_nodes()
         self._leave_out(bad)
         while nodes:
+            _say(f"checking {', '.join(nodes)}")
             meeting_place = self._allocation.meeting_place(nodes, self._number)
             step = partial(self._allocation.step, nodes, each_alone=True)
             report = preflight(self._config, config_path, nodes, meeting_place, step)
@@ -156,7 +161,7 @@ class Supervisor:
         return len(RunStatus(self._run_dir).attempts)
 
     def _wait(self, command: list[str], status: RunStatus) -> int:
-        self._kept = KeptProcess(command, os.environ | {ATTEMPT: status.attempt})
+        self._kept = KeptProcess(command, os.environ | {ATTEMPT: status.attempt, STARTED: str(self._began)})
         looked = told = 0.0
         try:
             while True:
@@ -170,7 +175,7 @@ class Supervisor:
                     self._pass_on()
         finally:
             self._kept.close()
-            self._kept = None
+            self._kept, self._began = None, time.time()
 
     def _stop(self, attempt: dict[str, Any]) -> int:
         """The run has been stopped, and saved if there was anything to save."""

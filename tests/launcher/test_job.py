@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,3 +64,13 @@ def test_a_run_has_one_job_at_a_time(recipe, tmp_path, monkeypatch):
     for jobs in ({"12": "COMPLETED"}, {}):
         slurm.set(jobs=jobs)
         assert submit_job(script) == 12
+
+
+def test_the_batch_step_needs_neither_torch_nor_deepspeed():
+    """Where ranks run in a container it has an interpreter of its own, on the node."""
+    script = (
+        "import sys; sys.modules |= dict.fromkeys(['torch', 'transformers', 'deepspeed'])\n"
+        "import launcher.__main__, launcher.job, launcher.node, launcher.status"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
