@@ -1,0 +1,307 @@
+"""Chains: stages that follow each other, each one job that starts when the one before has done all of its work.
+
+    DIR/chain.json                     the stages, their order, what their exports are asked
+    DIR/pretrain/run                   the stage's run, supervised like any other
+    DIR/pretrain/export                its newest checkpoint as Hugging Face weights: where the next stage starts
+    DIR/pretrain/evaluation/reading    what the export answers
+    DIR/pretrain/stage.json            which of this is done, and what failed
+
+A job waits for the one before with `afterok`; where that one fails, Slurm cancels
+those behind it.  The same command again submits what is neither done nor waiting,
+and a stage that is taken up again begins with the part that failed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+from types import FrameType
+from typing import Any, get_args
+
+from launcher.allocation import Allocation, SlurmJob
+from launcher.job import FOLDER, job_state, run_job, submit_job, write_job
+from launcher.profile import load_profile
+from megablip.checkpoint.committed import committed
+from megablip.config import EvaluationTask, load_config
+from megablip.engine.status import EXIT_CODES
+from megablip.errors import ConfigError
+
+CHAIN, STAGE = "chain.json", "stage.json"
+
+
+@dataclass(frozen=True)
+class Question:
+    """What exports are asked: a task of `megablip eval`, and held-out shards for it."""
+
+    task: str
+    shards: str
+
+    @classmethod
+    def parse(cls, text: str) -> Question:
+        """`TASK=SHARDS`.
+
+        Raises:
+            ConfigError: it is not of this form, or no such task.
+        """
+        task, equals, shards = text.partition("=")
+        if not equals or not shards or task not in get_args(EvaluationTask):
+            raise ConfigError(
+                f"'{text}' is nothing to ask",
+                where="--ask",
+                remedy=f"write TASK=SHARDS; tasks are {', '.join(get_args(EvaluationTask))}",
+            )
+        return cls(task, shards)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a chain; `folder` holds all of it."""
+
+    name: str
+    recipe: str
+    overrides: list[str]
+    folder: Path
+
+    @property
+    def run_dir(self) -> Path:
+        return self.folder / "run"
+
+    @property
+    def export(self) -> Path:
+        return self.folder / "export"
+
+    def answers(self, task: str) -> Path:
+        return self.folder / "evaluation" / task
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A chain as its folder describes it."""
+
+    folder: Path
+    stages: list[Stage]
+    questions: list[Question]
+    limit: int | None
+    """Samples that each task asks at most."""
+
+    def parts(self, stage: Stage) -> list[str]:
+        """What a stage's job does once it has trained."""
+        return ["convert", *(f"evaluate {question.task}" for question in self.questions)]
+
+    def stage(self, name: str) -> Stage:
+        return next(stage for stage in self.stages if stage.name == name)
+
+    def write(self) -> None:
+        """
+        Raises:
+            ConfigError: the folder can't be written.
+        """
+        stages = [{"name": stage.name, "recipe": stage.recipe, "overrides": stage.overrides} for stage in self.stages]
+        asked = [asdict(question) for question in self.questions]
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write(self.folder / CHAIN, {"stages": stages, "questions": asked, "limit": self.limit})
+        except OSError as error:
+            raise ConfigError(f"the chain can't be written: {error}", where=str(self.folder)) from None
+
+    @classmethod
+    def read(cls, folder: Path) -> Chain:
+        """
+        Raises:
+            ConfigError: there is no chain.
+        """
+        raw = _read(folder / CHAIN)
+        try:
+            stages = [Stage(**entry, folder=folder / entry["name"]) for entry in raw["stages"]]
+            return cls(folder, stages, [Question(**entry) for entry in raw["questions"]], raw["limit"])
+        except (KeyError, TypeError):
+            raise ConfigError("there is no chain here", where=str(folder), remedy="give the --out of a chain") from None
+
+
+def plan_chain(words: list[str], folder: Path, questions: list[Question], limit: int | None) -> Chain:
+    """The chain that a command line names.
+
+    Args:
+        words: recipes (`sft`, `mini/sft`, `ours/sft.yaml`), and overrides of all (`key=value`) or one (`sft:key=value`).
+
+    Raises:
+        ConfigError: no stage, two of one name, or an override of a stage that is not there.
+    """
+    recipes = [word for word in words if "=" not in word]
+    overrides = [word for word in words if "=" in word]
+    names = [Path(recipe).stem for recipe in recipes]
+    if not names or len(set(names)) < len(names):
+        raise ConfigError(f"a chain needs stages of distinct names, got {', '.join(names) or 'none'}", where="chain")
+    own: dict[str, list[str]] = {name: [] for name in names}
+    for override in overrides:
+        match = re.fullmatch(r"([^:=]+):(.*)", override, re.DOTALL)
+        if match and match[1] not in own:
+            raise ConfigError(f"{match[1]} is no stage of this chain: {', '.join(names)}", where=override)
+        for name in [match[1]] if match else names:
+            own[name].append(match[2] if match else override)
+    folder = folder.resolve()
+    stages = [
+        Stage(name, str(find_recipe(recipe)), own[name], folder / name)
+        for name, recipe in zip(names, recipes, strict=True)
+    ]
+    return Chain(folder, stages, questions, limit)
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe's file, or a shipped one by its name."""
+    if name.endswith((".yaml", ".yml")):
+        return Path(name).resolve()
+    return Path(str(files("megablip"))) / "recipes" / f"{name}.yaml"
+
+
+def write_jobs(chain: Chain, profile: str, nodes: int) -> dict[str, Path]:
+    """Write the scripts of the stages that are not done, by name.
+
+    Raises:
+        ConfigError: in a recipe or the profile, of whichever stage.
+    """
+    scripts, start = {}, None
+    chain.write()
+    for stage in chain.stages:
+        overrides = [*stage.overrides, f"run_dir={json.dumps(str(stage.run_dir))}"]
+        if start:
+            overrides.append(f"model.path={json.dumps(str(start))}")
+        if not is_done(chain, stage):
+            command = ["stage", str(chain.folder), stage.name]
+            name = f"{chain.folder.name}-{stage.name}"
+            scripts[stage.name] = write_job(Path(stage.recipe), overrides, profile, nodes, command=command, name=name)
+        start = stage.export
+    return scripts
+
+
+def submit_chain(chain: Chain, scripts: dict[str, Path]) -> Iterator[tuple[str, str]]:
+    """Submit what neither is done nor waits or runs already; (stage, what became of it) in order.
+
+    Raises:
+        ConfigError: Slurm refuses a job.
+    """
+    before: int | None = None
+    for stage in chain.stages:
+        if stage.name not in scripts:
+            yield stage.name, "done before"
+        elif state := job_state(stage.run_dir):
+            before = job_number(stage)
+            yield stage.name, state
+        else:
+            # Without the second a job whose condition can't come true any more would wait for ever.
+            wait = [f"--dependency=afterok:{before}", "--kill-on-invalid-dep=yes"] if before else []
+            before = submit_job(scripts[stage.name], wait)
+            yield stage.name, f"job {before}" + (f", after {wait[0].rpartition(':')[2]}" if wait else "")
+
+
+def job_number(stage: Stage) -> int:
+    """Of the job that was submitted last."""
+    return int((stage.run_dir / FOLDER / "job").read_text())
+
+
+def is_done(chain: Chain, stage: Stage) -> bool:
+    """Whether the newest checkpoint of a finished run is converted, and its export asked."""
+    record = _read(stage.folder / STAGE)
+    return bool(record.get("trained")) and all(part in record.get("done", []) for part in chain.parts(stage))
+
+
+def run_stage(folder: Path, name: str) -> int:
+    """The batch step of a stage's job: train, convert, evaluate; the exit code.
+
+    0 when all is done, 75 when it was stopped (a requeued job goes on by itself), else 1, or what `supervise` ends with.
+    """
+    chain = Chain.read(folder)
+    stage = chain.stage(name)
+    allocation = SlurmJob.here(load_profile(stage.run_dir / FOLDER / "profile.yaml"))
+    with _Stop() as stop:
+        code = run_job(stage.run_dir)
+        if code:
+            return code
+        return finish(chain, stage, allocation, stop)
+
+
+def finish(chain: Chain, stage: Stage, allocation: Allocation, stop: _Stop) -> int:
+    """Convert and ask what a finished run has made, on the first node of the allocation."""
+    newest = committed(stage.run_dir / "checkpoints")[-1].name
+    record = _read(stage.folder / STAGE)
+    if record.get("trained") != newest or not stage.export.exists():
+        # A longer run has another export; what was said of the old one does not hold for it.
+        shutil.rmtree(stage.export, ignore_errors=True)
+        record = {"trained": newest, "done": []}
+    record.pop("failed", None)
+    _write(stage.folder / STAGE, record)
+    nodes, _ = allocation.usable_nodes()
+    for part, words in _commands(chain, stage):
+        if part in record["done"]:
+            continue
+        _say(f"{stage.name}: {part}")
+        began = time.monotonic()
+        code, last = stop.wait(allocation.step(nodes[:1], ["-m", "megablip.cli", *words]))
+        if stop.asked:
+            _say(f"{stage.name}: {part} was stopped; {allocation.requeue([])}")
+            return EXIT_CODES["stopped"]
+        if code:
+            reason = f"{part} ended with exit code {code}: {last}"
+            _write(stage.folder / STAGE, record | {"failed": reason})
+            _say(f"{stage.name}: {reason}")
+            return EXIT_CODES["failed"]
+        _say(f"{stage.name}: {part} took {time.monotonic() - began:.0f} s")
+        record["done"].append(part)
+        _write(stage.folder / STAGE, record)
+    return EXIT_CODES["finished"]
+
+
+def _commands(chain: Chain, stage: Stage) -> Iterator[tuple[str, list[str]]]:
+    yield "convert", ["convert", "zero-to-hf", str(stage.run_dir), str(stage.export)]
+    for question in chain.questions:
+        words = ["eval", str(stage.export), question.shards, "--output", str(stage.answers(question.task))]
+        words += ["--task", question.task, "--run-dir", str(stage.run_dir)]
+        yield f"evaluate {question.task}", [*words, *(["--limit", str(chain.limit)] if chain.limit else [])]
+
+
+class _Stop:
+    """Signals that ask the job to end, from before it trains until it has evaluated."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> _Stop:
+        self._previous = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def wait(self, command: list[str]) -> tuple[int, str]:
+        """Run a command to its end, or to a stop; exit code and the last line of what it said."""
+        last = ""
+        if not self.asked:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                errors="replace",
+            )  # fmt: skip
+            if self.asked:
+                self._process.terminate()
+            for line in self._process.stdout:
+                print(line, end="", flush=True)
+                # srun's own words come last, and say less than the program's.
+                last = line.strip() if line.strip() and not line.startswith(("srun:", "slurmstepd:")) else last
+            return self._process.wait(), last
+        return EXIT_CODES["stopped"], last
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        if self._process:
+            self._process.terminate()
