@@ -3,6 +3,7 @@
 python -m launcher local RECIPE [key.subkey=value ...]                 here, started again after failures
 python -m launcher slurm RECIPE --nodes 4 [--submit] [key.subkey=value ...]
 python -m launcher status RUN                                          attempts of a run, and how each ended
+python -m launcher chain pretrain sft --out DIR [--submit] ...         stages that start from each other's exports
 python -m launcher print RECIPE [--nodes 4] [key.subkey=value ...]     the commands that start the ranks
 """
 
@@ -23,6 +24,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 
 Recipe = Annotated[Path, typer.Argument(help="YAML recipe")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.subkey=value ...")]
+Profile = Annotated[str, typer.Option(help="cluster profile: a name in launcher/profiles, or a file")]
 Hostfile = Annotated[Path | None, typer.Option(help="machines and their slots, as DeepSpeed writes them")]
 
 
@@ -58,11 +60,18 @@ def print_command(recipe: Recipe, overrides: Overrides = None, hostfile: Hostfil
 
 
 @app.command()
-def status(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="run directory")]) -> None:
-    """Show a run's attempts: when, where, from which step to which, loss and speed, how each ended and why."""
+def status(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="run directory, or a chain's folder")]) -> None:
+    """Show a run's attempts: when, where, from which step to which, loss and speed, how each ended and why.
+
+    Of a chain: how far each stage is, and why one did not run.
+    """
+    from launcher.chain import CHAIN, Chain, show_chain
     from launcher.job import job_state
     from launcher.status import show_status
 
+    if (run_dir / CHAIN).exists():
+        show_chain(Chain.read(run_dir.resolve()))
+        return
     if state := job_state(run_dir):
         print(state)
     show_status(run_dir)
@@ -73,7 +82,7 @@ def slurm(
     recipe: Recipe,
     overrides: Overrides = None,
     nodes: Annotated[int, typer.Option(help="nodes to ask for", min=1)] = 1,
-    profile: Annotated[str, typer.Option(help="cluster profile: a name in launcher/profiles, or a file")] = "plain",
+    profile: Profile = "plain",
     submit: Annotated[bool, typer.Option("--submit", help="hand it to sbatch")] = False,
 ) -> None:
     """Write the script of a job that trains a recipe to its end, requeued as often as it takes; show or submit it.
@@ -89,6 +98,51 @@ def slurm(
     else:
         print(script.read_text())
         print(f"# not submitted; --submit hands it over: {script}")
+
+
+@app.command()
+def chain(
+    stages: Annotated[
+        list[str],
+        typer.Argument(help="recipes in order (sft, mini/sft, ours/sft.yaml); key=value of all, sft:key=value of one"),
+    ],
+    out: Annotated[Path, typer.Option(help="folder of all that the chain makes")],
+    nodes: Annotated[int, typer.Option(help="nodes of each job", min=1)] = 1,
+    profile: Profile = "plain",
+    ask: Annotated[
+        list[str] | None, typer.Option(help="TASK=SHARDS: what each stage's export is asked, as `megablip eval` does")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="samples that each task asks at most", min=1)] = None,
+    submit: Annotated[bool, typer.Option("--submit", help="hand the jobs to sbatch")] = False,
+) -> None:
+    """Train stages one after the other, each from the export of the one before: one job each, which waits for that one.
+
+    Each job trains, converts and evaluates. The same command again goes on where a chain has stopped.
+    """
+    from launcher.chain import Question, plan_chain, submit_chain, write_jobs
+
+    planned = plan_chain(stages, out, [Question.parse(text) for text in ask or []], limit)
+    scripts = write_jobs(planned, profile, nodes)
+    if not ask:
+        print("nothing is asked of the exports: --ask TASK=SHARDS gives held-out shards")
+    if submit:
+        for name, what in submit_chain(planned, scripts):
+            print(f"{name}: {what}")
+        return
+    for stage in planned.stages:
+        print(f"{stage.name}: {scripts.get(stage.name, 'done before')}")
+    print("# not submitted; --submit hands them over")
+
+
+@app.command(hidden=True)
+def stage(
+    folder: Annotated[Path, typer.Argument(help="folder of the chain")],
+    name: Annotated[str, typer.Argument(help="of the stage")],
+) -> None:
+    """The batch step of a stage's job."""
+    from launcher.chain import run_stage
+
+    raise typer.Exit(run_stage(folder, name))
 
 
 @app.command(hidden=True)

@@ -19,22 +19,28 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
 from types import FrameType
-from typing import Any, get_args
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from launcher.allocation import Allocation, SlurmJob
-from launcher.job import FOLDER, job_state, run_job, submit_job, write_job
+from launcher.job import FOLDER, job_number, job_state, run_job, submit_job, write_job
 from launcher.profile import load_profile
-from megablip.checkpoint.committed import committed
-from megablip.config import EvaluationTask, load_config
-from megablip.engine.status import EXIT_CODES
+from launcher.status import WIDTH
+from megablip.cli import AskedTask
+from megablip.engine.status import EXIT_CODES, RunStatus
 from megablip.errors import ConfigError
+from megablip.launch import STOP_SIGNALS
 
 CHAIN, STAGE = "chain.json", "stage.json"
 
@@ -54,11 +60,11 @@ class Question:
             ConfigError: it is not of this form, or no such task.
         """
         task, equals, shards = text.partition("=")
-        if not equals or not shards or task not in get_args(EvaluationTask):
+        if not equals or not shards or task not in list(AskedTask):
             raise ConfigError(
                 f"'{text}' is nothing to ask",
                 where="--ask",
-                remedy=f"write TASK=SHARDS; tasks are {', '.join(get_args(EvaluationTask))}",
+                remedy=f"write TASK=SHARDS; tasks are {', '.join(AskedTask)}",
             )
         return cls(task, shards)
 
@@ -94,12 +100,17 @@ class Chain:
     limit: int | None
     """Samples that each task asks at most."""
 
-    def parts(self, stage: Stage) -> list[str]:
+    @property
+    def parts(self) -> list[str]:
         """What a stage's job does once it has trained."""
         return ["convert", *(f"evaluate {question.task}" for question in self.questions)]
 
     def stage(self, name: str) -> Stage:
         return next(stage for stage in self.stages if stage.name == name)
+
+    def before(self, stage: Stage) -> Stage | None:
+        place = self.stages.index(stage)
+        return self.stages[place - 1] if place else None
 
     def write(self) -> None:
         """
@@ -132,7 +143,7 @@ def plan_chain(words: list[str], folder: Path, questions: list[Question], limit:
     """The chain that a command line names.
 
     Args:
-        words: recipes (`sft`, `mini/sft`, `ours/sft.yaml`), and overrides of all (`key=value`) or one (`sft:key=value`).
+        words: recipes (`sft`, `mini/sft`, `ours/sft.yaml`), and overrides: `key=value` of all, `sft:key=value` of one.
 
     Raises:
         ConfigError: no stage, two of one name, or an override of a stage that is not there.
@@ -149,6 +160,8 @@ def plan_chain(words: list[str], folder: Path, questions: list[Question], limit:
             raise ConfigError(f"{match[1]} is no stage of this chain: {', '.join(names)}", where=override)
         for name in [match[1]] if match else names:
             own[name].append(match[2] if match else override)
+    if len({question.task for question in questions}) < len(questions):
+        raise ConfigError("a task is asked once; name all of its shards together", where="--ask")
     folder = folder.resolve()
     stages = [
         Stage(name, str(find_recipe(recipe)), own[name], folder / name)
@@ -165,7 +178,7 @@ def find_recipe(name: str) -> Path:
 
 
 def write_jobs(chain: Chain, profile: str, nodes: int) -> dict[str, Path]:
-    """Write the scripts of the stages that are not done, by name.
+    """Write the scripts of the stages that are neither done nor have a job that waits or runs, by name.
 
     Raises:
         ConfigError: in a recipe or the profile, of whichever stage.
@@ -176,7 +189,7 @@ def write_jobs(chain: Chain, profile: str, nodes: int) -> dict[str, Path]:
         overrides = [*stage.overrides, f"run_dir={json.dumps(str(stage.run_dir))}"]
         if start:
             overrides.append(f"model.path={json.dumps(str(start))}")
-        if not is_done(chain, stage):
+        if not (is_done(chain, stage) or job_state(stage.run_dir)):
             command = ["stage", str(chain.folder), stage.name]
             name = f"{chain.folder.name}-{stage.name}"
             scripts[stage.name] = write_job(Path(stage.recipe), overrides, profile, nodes, command=command, name=name)
@@ -192,11 +205,11 @@ def submit_chain(chain: Chain, scripts: dict[str, Path]) -> Iterator[tuple[str, 
     """
     before: int | None = None
     for stage in chain.stages:
-        if stage.name not in scripts:
+        if is_done(chain, stage):
             yield stage.name, "done before"
-        elif state := job_state(stage.run_dir):
-            before = job_number(stage)
-            yield stage.name, state
+        elif stage.name not in scripts:
+            before = job_number(stage.run_dir)
+            yield stage.name, job_state(stage.run_dir)
         else:
             # Without the second a job whose condition can't come true any more would wait for ever.
             wait = [f"--dependency=afterok:{before}", "--kill-on-invalid-dep=yes"] if before else []
@@ -204,25 +217,40 @@ def submit_chain(chain: Chain, scripts: dict[str, Path]) -> Iterator[tuple[str, 
             yield stage.name, f"job {before}" + (f", after {wait[0].rpartition(':')[2]}" if wait else "")
 
 
-def job_number(stage: Stage) -> int:
-    """Of the job that was submitted last."""
-    return int((stage.run_dir / FOLDER / "job").read_text())
-
-
 def is_done(chain: Chain, stage: Stage) -> bool:
-    """Whether the newest checkpoint of a finished run is converted, and its export asked."""
-    record = _read(stage.folder / STAGE)
-    return bool(record.get("trained")) and all(part in record.get("done", []) for part in chain.parts(stage))
+    """Whether a stage and all before it have trained, and its export is there and has been asked."""
+    before, record = chain.before(stage), _read(stage.folder / STAGE)
+    return (
+        (before is None or is_done(chain, before))
+        and record.get("start") == _trained(before)
+        and stage.export.exists()
+        and all(part in record.get("done", []) for part in chain.parts)
+    )
+
+
+def _trained(stage: Stage | None) -> str | None:
+    """Checkpoint that a stage's export was made from; None for what the first stage starts from."""
+    return _read(stage.folder / STAGE).get("trained") if stage else None
 
 
 def run_stage(folder: Path, name: str) -> int:
     """The batch step of a stage's job: train, convert, evaluate; the exit code.
 
-    0 when all is done, 75 when it was stopped (a requeued job goes on by itself), else 1, or what `supervise` ends with.
+    0 when all is done, 75 when it was stopped (a requeued job goes on by itself), else what `supervise` ends with,
+    or 1.
     """
     chain = Chain.read(folder)
     stage = chain.stage(name)
     allocation = SlurmJob.here(load_profile(stage.run_dir / FOLDER / "profile.yaml"))
+    start = _trained(chain.before(stage))
+    record = _read(stage.folder / STAGE)
+    if record.setdefault("start", start) != start:
+        raise ConfigError(
+            f"{stage.name} was trained from another export than there is now",
+            where=str(stage.folder),
+            remedy="remove this folder to train the stage once more, from the new one",
+        )
+    _write(stage.folder / STAGE, record)
     with _Stop() as stop:
         code = run_job(stage.run_dir)
         if code:
@@ -232,12 +260,13 @@ def run_stage(folder: Path, name: str) -> int:
 
 def finish(chain: Chain, stage: Stage, allocation: Allocation, stop: _Stop) -> int:
     """Convert and ask what a finished run has made, on the first node of the allocation."""
-    newest = committed(stage.run_dir / "checkpoints")[-1].name
+    committed = max((stage.run_dir / "checkpoints").glob("step_*/COMMITTED"))
+    newest = f"{committed.parent.name} {committed.read_text().strip()}"
     record = _read(stage.folder / STAGE)
-    if record.get("trained") != newest or not stage.export.exists():
-        # A longer run has another export; what was said of the old one does not hold for it.
+    if record.get("trained") != newest or "convert" not in record["done"]:
+        # A longer run has another export, and what was asked of the old one does not hold for it.
         shutil.rmtree(stage.export, ignore_errors=True)
-        record = {"trained": newest, "done": []}
+        record |= {"trained": newest, "done": []}
     record.pop("failed", None)
     _write(stage.folder / STAGE, record)
     nodes, _ = allocation.usable_nodes()
@@ -305,3 +334,74 @@ class _Stop:
         self.asked = True
         if self._process:
             self._process.terminate()
+
+
+def show_chain(chain: Chain, console: Console | None = None) -> None:
+    """Print how far each stage is, and of one that did not run why."""
+    console = console or Console(width=None if sys.stdout.isatty() else WIDTH)
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("stage", "state", "job", "trained", *chain.parts, "why"):
+        table.add_column(heading)
+    broken = ""
+    for stage in chain.stages:
+        state, why = stage_state(chain, stage, broken)
+        if state in ("failed", "not run"):
+            broken = broken or stage.name
+        record, number = _read(stage.folder / STAGE), job_number(stage.run_dir)
+        attempt = RunStatus(stage.run_dir).current
+        trained = f"{attempt['last_step']} steps" if "last_step" in attempt else ""
+        done = ["done" if part in record.get("done", []) else "" for part in chain.parts]
+        table.add_row(*map(escape, [stage.name, state, str(number or ""), trained, *done, why]))
+    console.print(table)
+
+
+def stage_state(chain: Chain, stage: Stage, broken: str) -> tuple[str, str]:
+    """(state, why it is so).
+
+    Args:
+        broken: name of the first stage before it that has failed; empty if none has.
+    """
+    if is_done(chain, stage):
+        return "done", ""
+    if state := job_state(stage.run_dir):
+        return ("waiting" if "PENDING" in state else "running"), state
+    attempt, record = RunStatus(stage.run_dir).current, _read(stage.folder / STAGE)
+    if "failed" in record:
+        return "failed", record["failed"]
+    if attempt.get("outcome") in ("failed", "stopped"):
+        return attempt["outcome"], str(attempt.get("reason", ""))
+    if broken:
+        return "not run", f"{broken} failed before it"
+    number = job_number(stage.run_dir)
+    if number is None:
+        return "not submitted", ""
+    log = stage.run_dir / FOLDER / f"slurm-{number}.out"
+    return "failed", f"its job ended; {_last_line(log) or 'it has left no log'}"
+
+
+def _last_line(log: Path) -> str:
+    try:
+        lines = log.read_text(errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+def _say(text: str) -> None:
+    print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Empty if it is not there."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"it can't be read: {error}", where=str(path)) from None
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1))
+    os.replace(temporary, path)

@@ -20,10 +20,22 @@ from megablip.errors import ConfigError
 FOLDER, JOB = "launch", "job"
 
 
-def write_job(recipe: Path, overrides: list[str], profile_name: str, nodes: int) -> Path:
+def write_job(
+    recipe: Path,
+    overrides: list[str],
+    profile_name: str,
+    nodes: int,
+    *,
+    name: str | None = None,
+    command: list[str] | None = None,
+) -> Path:
     """Write the job of a recipe into its run directory; the script.
 
     The profile says how many ranks a node has, unless `engine.ranks` is among the overrides.
+
+    Args:
+        name: of the job; None: the run directory's.
+        command: of the batch step, after `python -m launcher`; None: to supervise the run.
 
     Raises:
         ConfigError: in recipe or profile, more ranks than lanes or GPUs, or a folder that can't be written.
@@ -46,7 +58,8 @@ def write_job(recipe: Path, overrides: list[str], profile_name: str, nodes: int)
         )
     run_dir = Path(config.run_dir).resolve()
     script = run_dir / FOLDER / "job.sbatch"
-    text = render_job(profile, name=run_dir.name, nodes=nodes, command=["supervise", str(run_dir)], folder=Path.cwd())
+    command = command or ["supervise", str(run_dir)]
+    text = render_job(profile, name=name or run_dir.name, nodes=nodes, command=command, folder=Path.cwd())
     try:
         script.parent.mkdir(parents=True, exist_ok=True)
         (script.parent / "recipe.yaml").write_text(dump_config(config))
@@ -57,8 +70,11 @@ def write_job(recipe: Path, overrides: list[str], profile_name: str, nodes: int)
     return script
 
 
-def submit_job(script: Path) -> int:
+def submit_job(script: Path, options: list[str] | tuple[str, ...] = ()) -> int:
     """Hand a script that `write_job` has written to Slurm; the job's number.
+
+    Args:
+        options: of sbatch, beside those in the script.
 
     Raises:
         ConfigError: the run has a job already, or Slurm refuses this one.
@@ -69,17 +85,27 @@ def submit_job(script: Path) -> int:
             where=str(script.parent),
             remedy="wait for it, or scancel it first; a failed or requeued run goes on by itself",
         )
-    number = submit(script)
+    number = submit(script, options)
     (script.parent / JOB).write_text(f"{number}\n")
     return number
 
 
+def job_number(run_dir: Path) -> int | None:
+    """Of the job that was submitted last for a run; None if there was none."""
+    try:
+        return int((run_dir / FOLDER / JOB).read_text())
+    except (OSError, ValueError):
+        return None
+
+
 def job_state(run_dir: Path) -> str:
     """The job of a run that waits or runs, in words; empty if there is none, or no Slurm to ask."""
+    number = job_number(run_dir)
+    if number is None:
+        return ""
     try:
-        number = int((run_dir / FOLDER / JOB).read_text())
         facts = show("job", str(number))
-    except (OSError, ValueError, SlurmError):  # Slurm forgets a job some minutes after its end
+    except SlurmError:  # Slurm forgets a job some minutes after its end
         return ""
     state, reason = facts.get("JobState"), facts.get("Reason", "None")
     if state not in {"PENDING", "RUNNING", "SUSPENDED", "COMPLETING", "CONFIGURING"}:
