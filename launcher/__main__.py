@@ -3,6 +3,7 @@
 python -m launcher local RECIPE [key.subkey=value ...]                 here, started again after failures
 python -m launcher slurm RECIPE --nodes 4 [--submit] [key.subkey=value ...]
 python -m launcher status RUN                                          attempts of a run, and how each ended
+python -m launcher preflight RECIPE --nodes 4 [key.subkey=value ...]   whether it could start
 python -m launcher chain pretrain sft --out DIR [--submit] ...         stages that start from each other's exports
 python -m launcher print RECIPE [--nodes 4] [key.subkey=value ...]     the commands that start the ranks
 """
@@ -168,6 +169,22 @@ def node(
     raise typer.Exit(
         run_node(config, hostfile=hostfile, nodes=nodes.split(",") if nodes else None, meeting_place=place)
     )
+
+
+@app.command()
+def preflight(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(help="nodes that the run is to have", min=1)] = 1,
+    profile: Profile = "plain",
+) -> None:
+    """Check whether a recipe could start: here, or inside a Slurm job (salloc) on all of its nodes and between them.
+
+    A job does this by itself. Ends with 0 if all is right, else with 1.
+    """
+    from launcher.preflight import preflight_here
+
+    raise typer.Exit(0 if preflight_here(recipe, overrides or [], profile, nodes) else 1)
 
 
 @app.command("preflight-node", hidden=True)

@@ -13,26 +13,32 @@ import re
 import secrets
 import subprocess
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from launcher.allocation import SlurmJob
+from launcher.profile import load_profile
 from launcher.verdict import NodeReport, Report, judge
-from megablip.config import Config, load_config
-from megablip.doctor.finding import Finding
+from megablip.config import dump_config, load_config
+from megablip.doctor import packages, stale_builds
+from megablip.doctor.finding import Finding, show
+from megablip.doctor.recipe import check_recipe
 from megablip.engine.topology import node_name
 
 LIMIT_S = 420.0  # for all nodes to tell all
 MARK = "@preflight"
+END_S = 60.0  # for srun to end
 PIECE = 600  # characters; srun forwards lines of up to 1024 bytes whole, and those of several nodes would mix
 MESSAGE_LINES = 6  # of srun, in a finding
 
 
 def preflight(
-    config: Config,
     config_path: Path,
     nodes: list[str],
     master: tuple[str, int],
@@ -58,18 +64,15 @@ def preflight(
     )  # fmt: skip
     in_time = True
     try:
-        out, messages = process.communicate(timeout=limit_s)
-    except subprocess.TimeoutExpired:
-        in_time = False
-        process.terminate()  # srun ends its tasks, and passes on what they have said
         try:
-            out, messages = process.communicate(timeout=30)
+            out, messages = process.communicate(timeout=limit_s)
         except subprocess.TimeoutExpired:
-            process.kill()
-            out, messages = process.communicate()
-    finally:
-        if process.poll() is None:  # a signal ends the wait
-            process.terminate()
+            in_time = False
+            process.terminate()  # srun ends its tasks, and passes on what they have said
+            out, messages = process.communicate(timeout=END_S)
+    except BaseException:  # a signal ends the wait, or srun hangs
+        process.kill()
+        raise
     reports = read_reports(out, nodes)
     for report in reports:
         if not report.done:
@@ -142,3 +145,32 @@ def run_on_node(config_path: Path, master: tuple[str, int], nodes: int, nonce: s
         traceback.print_exc()
         say({"finding": asdict(Finding("checks", f"{type(error).__name__}: {error}", ok=False))})
         say({"done": True})
+
+
+def preflight_here(recipe: Path, overrides: list[str], profile_name: str, nodes: int) -> bool:
+    """Check what can be seen from here and print it: on a login node machine and recipe, in a job its nodes.
+
+    Args:
+        nodes: that the run is to have; in a job it has those of the job.
+
+    Raises:
+        ConfigError: recipe or profile can't be read.
+    """
+    profile = load_profile(profile_name)
+    if not any(override.partition("=")[0] == "engine.ranks" for override in overrides):
+        overrides = [*overrides, f"engine.ranks={profile.ranks}"]
+    config = load_config(recipe, overrides)
+    if "SLURM_JOB_ID" not in os.environ:
+        findings = [*packages(), *stale_builds(), *check_recipe(config, nodes, profile.gpus_per_node > 0)]
+        show(findings)
+        return all(finding.ok for finding in findings)
+    job = SlurmJob.here(profile)
+    names, bad = job.usable_nodes()
+    with tempfile.TemporaryDirectory(prefix=".preflight-", dir=Path.cwd()) as folder:  # which all nodes see
+        path = Path(folder) / "recipe.yaml"
+        path.write_text(dump_config(config))
+        report = preflight(path, names, job.meeting_place(names, 0), partial(job.step, names, each_alone=True))
+    report.print()
+    for node, reason in bad.items():
+        print(f"{node} was not looked at: {reason}")
+    return report.ok and not bad

@@ -121,7 +121,7 @@ class Supervisor:
             _say(f"checking {', '.join(nodes)}")
             meeting_place = self._allocation.meeting_place(nodes, self._number)
             step = partial(self._allocation.step, nodes, each_alone=True)
-            report = preflight(self._config, config_path, nodes, meeting_place, step)
+            report = preflight(config_path, nodes, meeting_place, step)
             if not (report.ok and self._checked):
                 report.print()
             self._checked = True

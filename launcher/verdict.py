@@ -14,9 +14,9 @@ from megablip.doctor.finding import Finding, show
 CLOCKS_S = 2.0  # apart
 SLOW = 0.5  # of what is usual
 SLOW_PORT = 0.25  # of what one port of the fabric carries
-SAME = ("code", "python", "GPUs", "driver", "fabric", "device")
-"""Subjects that nodes should agree in, beside the packages; of hardware a difference is only told."""
-HARDWARE = {"GPUs", "driver", "fabric", "device"}
+HARDWARE = ("the slowest sets the pace", "ask for nodes of one kind (constraint in the profile)")
+PROGRAMS = ("ranks would run different programs", "use one environment and one checkout for all")
+FILES = ("ranks would train with other data or weights", "mount the same file system there, or leave the node out")
 
 
 @dataclass
@@ -176,17 +176,18 @@ def _meeting(reports: list[NodeReport], master: tuple[str, int]) -> Iterable[Fin
 
 def _differences(reports: list[NodeReport]) -> Iterable[Finding]:
     values: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    consequences: dict[str, tuple[str, str]] = {}
     for report in reports:
         for finding in report.findings:
-            if finding.subject in SAME or _is_version(finding):
+            if finding.ok and finding.node and _consequence(finding):
                 values[finding.subject][finding.found].append(report.node)
+                consequences[finding.subject] = _consequence(finding)
     for subject, by_value in values.items():
         ranked = sorted(by_value.items(), key=lambda item: -len(item[1]))
         if len(ranked) < 2:
             continue
-        only_told = subject in HARDWARE
-        means = "the slowest sets the pace" if only_told else "ranks would run different programs"
-        remedy = "ask for nodes of one kind (constraint in the profile)" if only_told else "use one environment for all"
+        means, remedy = consequences[subject]
+        only_told = means == HARDWARE[0]
         usual, usual_nodes = ranked[0]
         if len(ranked[1][1]) == len(usual_nodes):
             found = " and ".join(f"{value} on {_some(nodes)}" for value, nodes in ranked)
@@ -319,6 +320,15 @@ def undecided(pairs: set[frozenset[str]], nodes: list[str]) -> list[frozenset[st
     """The pairs that `blame` finds no one node for."""
     guilty = set(blame(pairs, nodes))
     return sorted((pair for pair in pairs if not pair & guilty), key=sorted)
+
+
+def _consequence(finding: Finding) -> tuple[str, str] | None:
+    """What follows, and what to do, where nodes differ in this; None where they may."""
+    if finding.subject in ("code", "python") or _is_version(finding):
+        return HARDWARE if finding.subject == "driver" else PROGRAMS
+    if finding.subject in ("GPUs", "driver", "fabric", "device"):
+        return HARDWARE
+    return FILES if finding.subject == "model" or finding.subject.startswith("shards of ") else None
 
 
 def _is_version(finding: Finding) -> bool:

@@ -48,7 +48,7 @@ class Scene:
         profile = ClusterProfile(time="1:00:00", python="/bin/py")
         return Supervisor(self.config, SlurmJob(job, restarts, 2, profile), at_once=False).run()
 
-    def preflight(self, config, config_path, nodes, meeting_place, step) -> Report:
+    def preflight(self, config_path, nodes, meeting_place, step) -> Report:
         """Plays the checks; `bad` are the nodes that fail, with the reason; "" is a fault of none of them."""
         assert "--kill-on-bad-exit=0" in step(["-m", "launcher"])
         assert meeting_place[0] == "10.0.0.1"

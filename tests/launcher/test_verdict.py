@@ -162,6 +162,8 @@ def test_a_port_that_is_taken_is_the_first_nodes():
         ("torch", ["2.13.0", "2.13.0", "2.12.0", "2.13.0"], "n2", False),
         ("torch", ["2.13.0", "2.13.0", "2.12.0", "2.12.0"], "", False),
         ("code", ["a", "a", "a", "b"], "n3", False),
+        ("shards of ocr", ["3 shards", "2 shards", "3 shards", "3 shards"], "n1", False),
+        ("model", ["53 tensors", "53 tensors", "53 tensors", "9 tensors"], "n3", False),
         ("driver", ["570.1", "570.1", "560.9", "570.1"], "n2", True),
         ("fabric", ["8 x IB", "7 x IB", "8 x IB", "8 x IB"], "n1", True),
     ],
