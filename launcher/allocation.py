@@ -87,7 +87,7 @@ class ThisMachine:
         return "127.0.0.1", free_port()
 
     def is_alive(self, attempt: dict[str, Any]) -> str:
-        return lives_here(attempt)
+        return lives_here(attempt) or _lives_in_a_job(attempt)
 
     def requeue(self, bad_nodes: Iterable[str]) -> str:
         return "start it again to go on"
@@ -164,14 +164,9 @@ class SlurmJob:
         return address, port
 
     def is_alive(self, attempt: dict[str, Any]) -> str:
-        job = attempt.get("job")
-        if job is None or job == self.job:  # what an earlier start of this job has left is superseded
+        if attempt.get("job") == self.job:  # what an earlier start of this job has left is superseded
             return ""
-        try:
-            state = self._show("job", str(job)).get("JobState")
-        except SlurmError:  # Slurm has forgotten it
-            return ""
-        return f"job {job} is {state}" if state in _ALIVE else ""
+        return lives_here(attempt) or _lives_in_a_job(attempt)
 
     def requeue(self, bad_nodes: Iterable[str]) -> str:
         facts = self._show("job", str(self.job))
@@ -206,6 +201,16 @@ class SlurmJob:
                 print(f"{error.what}; once more in {_PAUSE_S:.0f} s", file=sys.stderr, flush=True)
                 time.sleep(_PAUSE_S)
         raise AssertionError("unreachable")
+
+
+def _lives_in_a_job(attempt: dict[str, Any]) -> str:
+    """Whether the job that an attempt belongs to holds nodes, in words; empty if not, or if it belongs to none."""
+    try:
+        job = attempt.get("job")
+        state = job and show("job", str(job)).get("JobState")
+    except SlurmError:  # Slurm has forgotten it, or is not here
+        return ""
+    return f"job {job} is {state}" if state in _ALIVE else ""
 
 
 def show(kind: str, name: str) -> dict[str, str]:

@@ -296,6 +296,8 @@ def test_another_job_that_trains_the_run_is_not_disturbed(scene):
     play.slurm.set(jobs={"6": "RUNNING", "7": "RUNNING"})
     with pytest.raises(ConfigError, match="job 6 is RUNNING"):
         play.run()
+    with pytest.raises(ConfigError, match="job 6 is RUNNING"):
+        Supervisor(play.config, allocation.ThisMachine(), at_once=True).run()
     play.slurm.set(jobs={"7": "RUNNING"}, plays=[{"outcome": "finished"}])
     assert play.run() == 0
     assert [attempt["outcome"] for attempt in play.attempts] == ["failed", "finished"]
