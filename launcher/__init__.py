@@ -1,1 +1,1 @@
-"""Starts runs; so far on one machine."""
+"""Starts runs, on one machine or the nodes of a SLURM job, and sees them through."""

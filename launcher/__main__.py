@@ -5,7 +5,7 @@ python -m launcher slurm RECIPE --nodes 4 [--submit] [key.subkey=value ...]
 python -m launcher status RUN                                          attempts of a run, and how each ended
 python -m launcher preflight RECIPE --nodes 4 [key.subkey=value ...]   whether it could start
 python -m launcher chain pretrain sft --out DIR [--submit] ...         stages that start from each other's exports
-python -m launcher print RECIPE [--nodes 4] [key.subkey=value ...]     the commands that start the ranks
+python -m launcher print RECIPE [--hostfile HOSTS]                     the commands that start the ranks
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from megablip.engine.topology import Topology, node_name
-from megablip.errors import SupersededError
+from megablip.errors import ConfigError, SupersededError
 
 Outcome = Literal["running", "finished", "stopped", "failed"]
 
@@ -82,7 +82,7 @@ class RunStatus:
             facts: more of its fields, such as ranks and nodes.
 
         Raises:
-            OSError: it can't be written.
+            ConfigError: it can't be written.
         """
         with self._locked():
             attempts = self.attempts
@@ -98,7 +98,10 @@ class RunStatus:
                 **facts,
                 "outcome": "running",
             }
-            self._write([*attempts, attempt])
+            try:
+                self._write([*attempts, attempt])
+            except OSError as error:
+                raise ConfigError(f"the run's status can't be written: {error}", where=str(self._path)) from None
         return self.attempt
 
     def update(self, **changes: Any) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from megablip.engine import status as module
 from megablip.engine.status import EXIT_CODES, RunStatus
-from megablip.errors import SupersededError
+from megablip.errors import ConfigError, SupersededError
 
 
 def test_attempts_are_kept_in_order(tmp_path):
@@ -53,6 +53,8 @@ def test_a_full_disk_does_not_hide_how_the_run_ended(tmp_path, monkeypatch, caps
     status.update(outcome="failed")
     assert "No space left on device" in capsys.readouterr().err
     assert json.loads((tmp_path / "status.json").read_text())["attempts"][0]["outcome"] == "running"
+    with pytest.raises(ConfigError, match="No space left on device"):
+        RunStatus(tmp_path).begin(ranks=1)
 
 
 def test_a_newer_attempt_supersedes_one_which_can_still_say_how_it_ended(tmp_path):
