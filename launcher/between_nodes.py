@@ -235,6 +235,8 @@ def _group(store: PrefixStore, side: int, device: str) -> Any:
     if torch.device(device).type == "cpu":
         return torch.distributed.ProcessGroupGloo(store, side, 2, limit)
     torch.cuda.set_device(torch.device(device))
+    # Who waits here hears of a failure, and goes on; by default a watchdog ends the process.
+    os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
     options = torch.distributed.ProcessGroupNCCL.Options()
     options._timeout = limit
     return torch.distributed.ProcessGroupNCCL(store, side, 2, options)

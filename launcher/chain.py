@@ -39,7 +39,7 @@ from launcher.profile import load_profile
 from launcher.status import WIDTH
 from megablip.cli import AskedTask
 from megablip.engine.status import EXIT_CODES, RunStatus
-from megablip.errors import ConfigError
+from megablip.errors import ConfigError, MegablipError
 from megablip.launch import STOP_SIGNALS
 
 CHAIN, STAGE = "chain.json", "stage.json"
@@ -250,9 +250,17 @@ def run_stage(folder: Path, name: str) -> int:
             where=str(stage.folder),
             remedy="remove this folder to train the stage once more, from the new one",
         )
+    record.pop("failed", None)
     _write(stage.folder / STAGE, record)
     with _Stop() as stop:
-        code = run_job(stage.run_dir)
+        try:
+            code = run_job(stage.run_dir)
+        except MegablipError as error:
+            where = f" ({error.where})" if error.where else ""
+            _write(
+                stage.folder / STAGE, record | {"failed": f"{error.what}{where}; to do: {error.remedy or 'mend it'}"}
+            )
+            raise
         if code:
             return code
         return finish(chain, stage, allocation, stop)

@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from launcher.allocation import SlurmJob
 from launcher.profile import load_profile
@@ -31,7 +31,7 @@ from megablip.doctor.finding import Finding, show
 from megablip.doctor.recipe import check_recipe
 from megablip.engine.topology import node_name
 
-LIMIT_S = 420.0  # for all nodes to tell all
+LIMIT_S, NODE_S = 420.0, 5.0  # for all nodes to tell all, and more for each, as it meets all others in turn
 MARK = "@preflight"
 END_S = 60.0  # for srun to end
 PIECE = 600  # characters; srun forwards lines of up to 1024 bytes whole, and those of several nodes would mix
@@ -43,7 +43,7 @@ def preflight(
     nodes: list[str],
     master: tuple[str, int],
     step: Callable[[list[str]], list[str]],
-    limit_s: float = LIMIT_S,
+    limit_s: float | None = None,
 ) -> Report:
     """Check the nodes of an allocation together.
 
@@ -62,6 +62,7 @@ def preflight(
         step(words), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         errors="replace",
     )  # fmt: skip
+    limit_s = LIMIT_S + NODE_S * len(nodes) if limit_s is None else limit_s
     in_time = True
     try:
         try:
@@ -120,8 +121,8 @@ class Speaker:
         self._records += 1
 
 
-def run_on_node(config_path: Path, master: tuple[str, int], nodes: int, nonce: str) -> None:
-    """What srun starts once on each node."""
+def run_on_node(config_path: Path, master: tuple[str, int], nodes: int, nonce: str) -> NoReturn:
+    """What srun starts once on each node; ends the process."""
     from launcher.between_nodes import Meeting, NoMeeting, look_together
     from launcher.node_checks import check_common, check_node
 
@@ -145,6 +146,8 @@ def run_on_node(config_path: Path, master: tuple[str, int], nodes: int, nonce: s
         traceback.print_exc()
         say({"finding": asdict(Finding("checks", f"{type(error).__name__}: {error}", ok=False))})
         say({"done": True})
+    sys.stderr.flush()
+    os._exit(0)  # threads of gloo and NCCL, of nodes that failed, too, may hang or abort the interpreter's own exit
 
 
 def preflight_here(recipe: Path, overrides: list[str], profile_name: str, nodes: int) -> bool:

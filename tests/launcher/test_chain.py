@@ -18,7 +18,7 @@ from launcher import chain as chains
 from launcher.chain import Chain, Question, finish, is_done, plan_chain, run_stage, show_chain, submit_chain, write_jobs
 from megablip.config import load_config
 from megablip.engine.status import RunStatus
-from megablip.errors import ConfigError
+from megablip.errors import ConfigError, ShardError
 from tests.minimal import RECIPE
 
 NAMES = ["first", "second", "third"]
@@ -267,6 +267,22 @@ def test_what_is_not_trained_is_not_converted(chain, tmp_path, monkeypatch, code
     monkeypatch.setattr(chains, "run_job", lambda run_dir: code)
     chain.stages[0].folder.mkdir()
     assert run_stage(chain.folder, "first") == code
+
+
+def test_what_a_run_can_not_begin_with_is_what_status_says(chain, tmp_path, monkeypatch, slurm):
+    def refuse(run_dir: Path) -> int:
+        raise ShardError("the shard does not exist", where="/none/x.tar", remedy="check data.sources.*.shards")
+
+    monkeypatch.setattr(chains, "load_profile", lambda path: None)
+    monkeypatch.setattr(chains.SlurmJob, "here", lambda profile: None)
+    monkeypatch.setattr(chains, "run_job", refuse)
+    chain.stages[0].folder.mkdir()
+    with pytest.raises(ShardError):
+        run_stage(chain.folder, "first")
+    assert table(chain)["first"].endswith("the shard does not exist (/none/x.tar); to do: check data.sources.*.shards")
+    monkeypatch.setattr(chains, "run_job", lambda run_dir: 75)
+    run_stage(chain.folder, "first")
+    assert "shard" not in table(chain)["first"]
 
 
 def test_a_signal_while_it_converts_requeues_the_job(chain, tmp_path):
