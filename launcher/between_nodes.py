@@ -26,6 +26,7 @@ from megablip.engine.topology import computes_on_gpu
 ARRIVE_S = 120.0  # from the first node's arrival: the others may read Python over a cold network file system
 SEEN_S = 15.0  # until a file that was written on one node must be seen on all
 PAIR_S = 20.0  # for two nodes to connect, and for a sum
+WAIT_S = 60.0  # for a node without a sign of life; one that a broken node holds up gives signs, but while it connects
 GIVE_UP_AFTER = 2  # failures with different nodes, after which a node is taken to be at fault itself
 REPEATS = 4  # of a sum; the first one is not timed
 VALUES = {"cpu": 2 << 20, "cuda": 64 << 20}  # fp32: 8 and 256 MiB, with which bandwidth is near its best
@@ -160,10 +161,10 @@ class Together:
         for turn, other in enumerate(order):
             for slot in range(at_once):
                 device = devices[(turn * at_once + slot) % len(devices)]
-                if self._store.check([f"out/{other}"]):
-                    yield Sum(other, device, error="it had given up before")
-                    break
                 try:
+                    if not self._comes(other, f"turn/{slot}"):
+                        yield Sum(other, device, error="it had given up before")
+                        break
                     yield self._sum(other, slot, device)
                 except Exception as error:  # gloo and NCCL raise several kinds, and all mean the same here
                     yield Sum(other, device, error=_first_line(error))
@@ -172,6 +173,28 @@ class Together:
             if len(failed) == GIVE_UP_AFTER:
                 self._store.set(f"out/{number}", "")
                 return
+
+    def _comes(self, other: int, turn: str) -> bool:
+        """Wait for the other node, which a broken one may hold up; False if it has given up.
+
+        Raises:
+            RuntimeError: it gives no sign of life; nobody waits for it any more.
+        """
+        own = self.meeting.number
+        self._store.set(f"{turn}/{own}/{other}", "")
+        seen, since = -1, time.monotonic()
+        while not self._store.check([f"{turn}/{other}/{own}"]):
+            if self._store.check([f"out/{other}"]):
+                return False
+            self._store.add(f"alive/{own}", 1)
+            sign = self._store.add(f"alive/{other}", 0)
+            if sign != seen:
+                seen, since = sign, time.monotonic()
+            elif time.monotonic() - since > WAIT_S:
+                self._store.set(f"out/{other}", "")
+                raise RuntimeError(f"no sign of life for {WAIT_S:.0f} s")
+            time.sleep(0.005)
+        return True
 
     def _sum(self, other: int, slot: int, device: str) -> Sum:
         low, high = sorted((number := self.meeting.number, other))
@@ -197,7 +220,7 @@ class Together:
         with suppress(DistError, RuntimeError):
             self._store.add("left", 1)
             if self.meeting.number == 0:
-                deadline = time.monotonic() + 3 * GIVE_UP_AFTER * PAIR_S
+                deadline = time.monotonic() + 2 * WAIT_S
                 while self._store.add("left", 0) < len(self.members) and time.monotonic() < deadline:
                     time.sleep(0.05)
 

@@ -23,6 +23,7 @@ def hurried(monkeypatch):
     monkeypatch.setattr(between_nodes, "VALUES", {"cpu": 5000})
     monkeypatch.setattr(between_nodes, "SEEN_S", 0.5)
     monkeypatch.setattr(between_nodes, "PAIR_S", 2.0)
+    monkeypatch.setattr(between_nodes, "WAIT_S", 30.0)
     monkeypatch.setattr(between_nodes, "ARRIVE_S", 3.0)
     monkeypatch.setattr(between_nodes, "devices", lambda: ["cpu"])
 
@@ -158,6 +159,25 @@ def test_a_node_that_fails_with_two_others_gives_up_and_the_rest_go_on(tmp_path,
     assert [result["error"] for result in told[1]["sum"]] == ["no route to host"] * 2
     good = {(n, r["other"]) for n in (0, 2, 3) for r in told[n]["sum"] if not r["error"]}
     assert good == {(a, b) for a in (0, 2, 3) for b in (0, 2, 3) if a != b}
+
+
+def test_a_node_that_dies_before_its_sums_holds_the_others_up_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(between_nodes, "WAIT_S", 1.0)
+
+    def act(meeting, folder, say):
+        if meeting.number != 2:
+            look_together(meeting, folder, say)
+            return
+        met = Together(meeting, meet(meeting))
+        say({"clock_s": met.clock_s()})
+        met.unseen(folder)
+
+    told = together([tmp_path] * 4, act)
+    errors = [result["error"] for number in (0, 1, 3) for result in told[number]["sum"] if result["other"] == 2]
+    assert errors.count("no sign of life for 1 s") >= 1
+    assert len(errors) == 3
+    good = {(n, r["other"]) for n in (0, 1, 3) for r in told[n]["sum"] if not r["error"]}
+    assert good == {(a, b) for a in (0, 1, 3) for b in (0, 1, 3) if a != b}
 
 
 @pytest.mark.parametrize("count", range(1, 10))
