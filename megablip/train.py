@@ -22,6 +22,7 @@ from megablip.checkpoint.commit import CheckpointStore
 from megablip.checkpoint.export import ExportReader, base_of, check_sampler, first_weights, load_tower
 from megablip.checkpoint.saver import Saver
 from megablip.checkpoint.slices import SliceReader
+from megablip.checkpoint.start import check_start
 from megablip.config import Config, load_config
 from megablip.data.loader import Loader, StepBatch, micro_batches_per_step
 from megablip.engine.determinism import make_deterministic
@@ -69,6 +70,7 @@ def run(config: Config, topology: Topology, guard: Guard, stop: StopSignal, cloc
     run_dir, say = Path(config.run_dir), topology.say
     status = RunStatus.of_rank(run_dir)
     torch.manual_seed(config.seed + topology.rank)
+    check_start(config.model.path)
     model_config = Blip3Config.of_run(config.model)
     check_attention(model_config.text_config)
     check_tokenizer(config.model)

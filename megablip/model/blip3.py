@@ -29,6 +29,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
 from megablip.errors import CheckpointError, ConfigError, PackingError
+from megablip.model.attention import ATTENTION
 from megablip.model.decoder import as_loss_head, build_decoder
 from megablip.model.layout import layout_from_config
 from megablip.model.packing import PackedLayout
@@ -386,7 +387,18 @@ class Blip3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def packed_hidden_states(
         self, packed: MicroBatch, vision_features: Tensor | None = None
     ) -> tuple[Tensor, PackedLayout]:
-        """The decoder's last hidden states, [T, d], and the documents' layout."""
+        """The decoder's last hidden states, [T, d], and the documents' layout.
+
+        Raises:
+            ConfigError: the decoder has another attention, which would let documents see each other.
+        """
+        attention = self.decoder.config._attn_implementation
+        if not str(attention).startswith(ATTENTION):
+            raise ConfigError(
+                f"a pack needs the attention {ATTENTION}, and the decoder's is {attention}",
+                where="text_config",
+                remedy=f"decoder.set_attn_implementation('{ATTENTION}'); models that share a config object share this",
+            )
         if vision_features is None:
             vision_features = tower_features(self.vision_tower, packed.tiles)
         embeds = self._insert_images(

@@ -49,7 +49,7 @@ def safety_recipe(folder):
 
 @pytest.mark.slow
 def test_safety_tuning_sees_each_sample_three_times_also_when_it_is_cut(tmp_path):
-    """About a minute: a run on two ranks that stops, and goes on on one."""
+    """About a minute and a half: a run on two ranks that stops, and goes on on one."""
     recipe, start = safety_recipe(tmp_path)
     runs.train(recipe, "stop_after_steps=2", check=75)
     runs.train(recipe, "engine.ranks=1")
@@ -71,7 +71,7 @@ def test_safety_tuning_sees_each_sample_three_times_also_when_it_is_cut(tmp_path
 
 @pytest.mark.slow
 def test_stored_scores_give_the_run_of_the_reference_that_is_asked(tmp_path):
-    """About a minute and a half: a run of two epochs on two ranks twice; the second has its scores from before."""
+    """About two minutes: a run of two epochs on two ranks twice; the second has its scores from before."""
     make_stage(tmp_path)
     same = {"prompt": "one", "chosen": "two", "rejected": "two"}
     write_tar(tmp_path / "pairs" / "c.tar", [{"__key__": b"same", "json": json.dumps(same).encode()}])

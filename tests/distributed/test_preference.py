@@ -38,5 +38,5 @@ def test_two_ranks_of_zero3_equal_autograd():
     ],
 )
 def test_every_strategy_equals_autograd(world, strategy):
-    """About four minutes."""
+    """About three minutes."""
     check(world, strategy, checkpointing=False)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig
+from transformers.masking_utils import eager_mask
+from transformers.models.phi3.modeling_phi3 import eager_attention_forward
 
 from megablip.config import LoraConfig
 from megablip.metrics.flops import PEAK_FLOPS, ModelFlops, peak_flops
@@ -14,6 +16,7 @@ from megablip.model.lora import add_lora
 from tests.model.tiny import features_of, make_doc, pack, tiny_config, tiny_model
 
 aten = torch.ops.aten
+PLAIN = "megablip_varlen_plain"  # passes for the packed attention, but sees no documents
 
 
 def forward_flops(query, key, value, *args, out_shape=None, **kwargs):
@@ -83,8 +86,10 @@ def test_a_step_is_what_torch_counts(train_tower):
 def test_attention_is_what_plain_products_cost(decoder, train_tower):
     """All in matrix products, which torch counts by itself; over the pack as one document."""
     model, batch = with_decoder(DECODERS[decoder], train_tower=train_tower), make_batch()
-    for part in (model.decoder, model.vision_tower):
-        part.set_attn_implementation("eager")
+    AttentionInterface.register(PLAIN, eager_attention_forward)
+    AttentionMaskInterface.register(PLAIN, eager_mask)
+    model.decoder.set_attn_implementation(PLAIN)
+    model.vision_tower.set_attn_implementation("eager")
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16()  # in which the sampler's are plain products, too
     with FlopCounterMode(display=False) as counter:

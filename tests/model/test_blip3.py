@@ -168,6 +168,14 @@ def test_every_trainable_parameter_gets_a_gradient(with_images, labels):
     assert not any(p.requires_grad for p in model.vision_tower.parameters())
 
 
+def test_a_pack_is_refused_where_documents_would_see_each_other():
+    """As where another model is made from the same config object, which sets its own attention there."""
+    model = tiny_model()
+    model.set_attn_implementation({"text_config": "sdpa"})
+    with pytest.raises(ConfigError, match=f"a pack needs the attention {ATTENTION}, and the decoder's is sdpa"):
+        model(packed=pack(docs()))
+
+
 def test_a_trained_tower_gets_the_gradients_of_plain_torch():
     """Each document alone, by transformers' own modules and attention."""
     model = tiny_model(train_tower=True)
