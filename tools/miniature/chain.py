@@ -69,8 +69,8 @@ def sources(stage: str, train: Path) -> list[str]:
     overrides = [f"data.sources.{number}.shards={train}/{kind}-*.tar" for number, kind in enumerate(kinds)]
     if stage == "pretrain":
         # The longest interleaved document has nine pairs: 430 tokens.
-        overrides += ["data.sequence_length=448", "data.sources.0.weight=6", "data.sources.2.weight=4"]
-        overrides += ["duration=3.6M tokens"]
+        overrides += ["data.sequence_length=448", "data.sources.0.weight=7", "data.sources.2.weight=3"]
+        overrides += ["duration=4.2M tokens"]
     return overrides
 
 

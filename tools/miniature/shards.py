@@ -33,6 +33,7 @@ from tools.shard_writer import SAMPLES_PER_SHARD, IndexedShardWriter
 
 AUGMENTED_COPIES = 8
 SHOTS = 9  # image-caption pairs of an interleaved document: eight to show how, one to be asked
+STRAY_SHARE = 0.35  # of the captions of an interleaved document; a stray has any format, the document's too
 SMUDGED_SHARE = 0.03  # of pre-training pictures, their captions true all the same, as the web's are
 
 # Documents of each kind in training, for the size "1.0".
@@ -75,18 +76,19 @@ class Pretraining:
         return {"jpg": picture.jpeg, "txt": caption, "json": {"caption": caption, **truth(picture)}}, [caption]
 
     def interleaved(self) -> tuple[dict[str, Any], list[str]]:
-        """Pairs whose captions follow one rule a document: a format for one digit, one for two, one for three.
+        """Pairs whose captions have the document's format, but for some strays; the last one always has it.
 
-        A pair shows the format of its own number of digits only, so that more
-        pairs tell more of the rule.
+        One pair may be a stray, several tell: so more shots help more.
         """
-        rule = self.rng.integers(len(FORMATS), size=3)
+        format_of_document = FORMATS[self.rng.integers(len(FORMATS))]
         texts, images, members = [], [], {}
         pictures = [self._draw(int(self.rng.integers(1, 4)), 1) for _ in range(SHOTS)]
         for number, picture in enumerate(pictures):
             members[f"{number}.jpg"] = picture.jpeg
             images += [f"{number}.jpg", None]
-            texts += [None, FORMATS[rule[len(picture.digits) - 1]](picture.digits)]
+            stray = number < SHOTS - 1 and self.rng.random() < STRAY_SHARE
+            write = FORMATS[self.rng.integers(len(FORMATS))] if stray else format_of_document
+            texts += [None, write(picture.digits)]
         members["json"] = {"texts": texts, "images": images, "digits": [picture.digits for picture in pictures]}
         return members, [text for text in texts if text]
 
