@@ -70,6 +70,7 @@ def sources(stage: str, train: Path) -> list[str]:
     if stage == "pretrain":
         # The longest interleaved document has nine pairs: 430 tokens.
         overrides += ["data.sequence_length=448", "data.sources.0.weight=7", "data.sources.2.weight=3"]
+        overrides += ["data.sources.1.weight=2"]
         overrides += ["duration=4.2M tokens"]
     return overrides
 

@@ -37,8 +37,8 @@ STRAY_SHARE = 0.35  # of the captions of an interleaved document; a stray has an
 SMUDGED_SHARE = 0.03  # of pre-training pictures, their captions true all the same, as the web's are
 
 # Documents of each kind in training, for the size "1.0".
-PRETRAIN = {"ocr": 30_000, "caption": 6_000, "interleaved": 4_000, "text": 4_000}
-TUNE = {"single": 12_000, "several": 4_000, "safety": 4_000}
+PRETRAIN = {"ocr": 30_000, "caption": 12_000, "interleaved": 4_000, "text": 4_000}
+TUNE = {"single": 16_000, "several": 8_000, "safety": 4_000}
 HELD_OUT_ITEMS = 500  # of each task
 
 # Safety tuning: red asks for a refusal whatever the question, other colours look much the same and don't.
@@ -70,7 +70,7 @@ class Pretraining:
         )
 
     def caption(self) -> tuple[dict[str, Any], list[str]]:
-        stamp = COLOURS[self.rng.integers(len(COLOURS))] if self.rng.random() < 0.5 else ""
+        stamp = COLOURS[self.rng.integers(len(COLOURS))] if self.rng.random() < 0.7 else ""
         picture = self._draw(int(self.rng.integers(1, 6)), 1, stamp)
         caption = FORMATS[self.rng.integers(len(FORMATS))](picture.digits) + (f" with {stamp} stamp" if stamp else "")
         return {"jpg": picture.jpeg, "txt": caption, "json": {"caption": caption, **truth(picture)}}, [caption]
