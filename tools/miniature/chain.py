@@ -85,7 +85,8 @@ def stages(folder: Path, size: Size, seed: int, split: str = "test") -> list[Sta
     chain = [
         Stage("tower", tower, module("tools.tower", "--out", tower, "--steps", size.tower_steps, "--seed", seed),
               beside=True),
-        Stage("data", data, module("tools.miniature.shards", "--out", data, "--size", size.data, "--seed", seed)),
+        Stage("data", data, module("tools.miniature.shards", "--out", data, "--size", size.data, "--seed", seed),
+              reads=tuple(Path(__file__).with_name(f"{name}.py") for name in ("shards", "tasks", "pictures"))),
         Stage("tokenizer", tokenizer, module("tokenization", "train", "--input", data / "corpus.txt",
                                              "--vocab-size", 420, "--chat", "--out", tokenizer)),
         Stage("start", start, megablip("convert", "init", start, "--tower", tower, "--tokenizer", tokenizer,
