@@ -16,9 +16,16 @@ from tools.stages import REPOSITORY, Stage, megablip, module
 RECIPES = REPOSITORY / "megablip" / "recipes" / "mini"
 STAGES = ("pretrain", "sft", "interleave", "dpo", "safety")
 
-# A pre-trained model knows no conversations; the later ones are not asked to go on with captions, which takes longest.
-ASKED = dict.fromkeys(STAGES, (*READING, *CONVERSATIONS)) | {
+SKILLS = tuple(task for task in CONVERSATIONS if not task.startswith(("unsafe", "marked")))
+
+# Each is asked what it was tuned for and what it might have lost. A pre-trained model knows no conversations; the later
+# ones are not asked to go on with captions, which takes longest.
+ASKED = {
     "pretrain": (*READING, "shots"),
+    "sft": SKILLS,
+    "interleave": SKILLS,
+    "dpo": CONVERSATIONS,
+    "safety": CONVERSATIONS,
     CONTROL: ("smudged", "clean"),
 }
 
@@ -70,8 +77,7 @@ def sources(stage: str, train: Path) -> list[str]:
     if stage == "pretrain":
         # The longest interleaved document has nine pairs: 430 tokens.
         overrides += ["data.sequence_length=448", "data.sources.0.weight=7", "data.sources.2.weight=3"]
-        overrides += ["data.sources.1.weight=2"]
-        overrides += ["duration=4.2M tokens"]
+        overrides += ["data.sources.1.weight=2", "duration=4.2M tokens"]
     return overrides
 
 
@@ -100,6 +106,8 @@ def stages(folder: Path, size: Size, seed: int, split: str = "test") -> list[Sta
             chain.append(Stage("pairs", pairs, module("tools.miniature.pairs", model, "--out", pairs,
                                                       "--questions", size.pairs, "--seed", seed)))  # fmt: skip
         shards = [f"data.sources.0.shards={pairs}/*.tar"] if stage == "dpo" else sources(stage, data / "train")
+        if stage == "safety":
+            shards.append(f"data.sources.3.shards={pairs}/*.tar")
         arguments = [f"model.path={model}", f"seed={seed + 1}", *shards, *size.overrides[stage]]
         if stage == "dpo":
             chain += trained(folder / CONTROL, RECIPES / "dpo.yaml", [*arguments, *CHOSEN_ALONE])
