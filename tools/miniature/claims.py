@@ -62,7 +62,7 @@ def claims(figures: Figures) -> list[Claim]:
     hallucinates = "preference tuning lowers hallucination without hurting what is right"
     refuses = "safety tuning makes the model refuse harm, and little else"
     return [
-        Claim("pretrain", text_rich, "three digits in one tile, exact", pretrain["ocr_one_tile"], at_least=0.90),
+        Claim("pretrain", text_rich, "three digits on two tiles, exact", pretrain["ocr_one_tile"], at_least=0.90),
         Claim("pretrain", text_rich, "six to nine digits on three tiles, exact", pretrain["ocr_three_tiles"],
               at_least=0.60, detail=f"digits right: {pretrain['ocr_three_tiles: digits']:.3f}"),
         Claim("pretrain", from_context, "4 shots less none, exact", shots[4] - shots[0], at_least=0.50,

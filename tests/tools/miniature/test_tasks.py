@@ -135,7 +135,7 @@ def test_claims_say_whether_they_hold():
     row |= {f"shots {count}": 0.1 * count for count in (0, 1, 2, 4, 8)}
     found = claims(dict.fromkeys(("pretrain", "sft", "interleave", "dpo", CONTROL, "safety"), row))
     by_what = {claim.what: claim for claim in found}
-    assert not by_what["three digits in one tile, exact"].holds
+    assert not by_what["three digits on two tiles, exact"].holds
     assert not by_what["4 shots less none, exact"].holds
     assert by_what["8 shots less one, exact"].holds
     assert by_what["single-picture skill lost"].value == 0
