@@ -80,8 +80,10 @@ def sbatch_options(profile: ClusterProfile, name: str, nodes: int) -> list[str]:
         "open-mode": "append",  # a requeued job goes on in the same log
     }
     flags = ["exclusive"] if profile.exclusive else []
-    # A lost node does not end the allocation: the supervisor goes on with the others.
-    flags += ["requeue", "no-kill"]
+    # Not no-kill: were the first node lost, with the supervisor, the job would hold the others until its time limit.
+    # Without it Slurm requeues a job that has lost a node, once it notices (SlurmdTimeout); until then the supervisor
+    # goes on with the nodes that are left.
+    flags += ["requeue"]
     options = [f"--{option}={value}" for option, value in asked.items() if value is not None]
     return [*options, *(f"--{flag}" for flag in flags), *profile.options]
 

@@ -126,7 +126,7 @@ def test_what_is_asked_of_slurm():
     assert sbatch_options(profile, "sft", 2) == [
         "--job-name=sft", "--partition=gpu", "--account=us", "--qos=high", "--constraint=h100&ib", "--nodes=2",
         "--ntasks-per-node=1", "--gres=gpu:h100:4", "--cpus-per-task=64", "--mem=0", "--time=2-00:00:00",
-        "--exclude=n[1-3],n7", "--signal=B:USR1@120", "--open-mode=append", "--exclusive", "--requeue", "--no-kill",
+        "--exclude=n[1-3],n7", "--signal=B:USR1@120", "--open-mode=append", "--exclusive", "--requeue",
         "--reservation=us",
     ]  # fmt: skip
     assert "export SRUN_CPUS_PER_TASK=64\n" in render_job(profile, name="x", nodes=1, command=[], folder=FOLDER)
