@@ -23,7 +23,7 @@ from torch.distributed import DistError, PrefixStore, TCPStore
 
 from megablip.engine.topology import computes_on_gpu
 
-ARRIVE_S = 120.0  # from the first node's arrival: the others may read Python over a cold network file system
+ARRIVE_S = 60.0  # after the first node; all of them may read Python over a cold network file system
 SEEN_S = 15.0  # until a file that was written on one node must be seen on all
 PAIR_S = 20.0  # for two nodes to connect, and for a sum
 WAIT_S = 60.0  # for a node without a sign of life; one that a broken node holds up gives signs, but while it connects

@@ -27,7 +27,7 @@ from launcher.profile import load_profile
 from launcher.verdict import NodeReport, Report, judge
 from megablip.config import dump_config, load_config
 from megablip.doctor import packages, stale_builds
-from megablip.doctor.finding import Finding, show
+from megablip.doctor.finding import Finding
 from megablip.doctor.recipe import check_recipe
 from megablip.engine.topology import node_name
 
@@ -165,8 +165,9 @@ def preflight_here(recipe: Path, overrides: list[str], profile_name: str, nodes:
     config = load_config(recipe, overrides)
     if "SLURM_JOB_ID" not in os.environ:
         findings = [*packages(), *stale_builds(), *check_recipe(config, nodes, profile.gpus_per_node > 0)]
-        show(findings)
-        return all(finding.ok for finding in findings)
+        report = Report([""], findings)
+        report.print()
+        return report.ok
     job = SlurmJob.here(profile)
     names, bad = job.usable_nodes()
     with tempfile.TemporaryDirectory(prefix=".preflight-", dir=Path.cwd()) as folder:  # which all nodes see
