@@ -231,7 +231,8 @@ def test_a_part_that_fails_is_named_and_the_next_time_begins_with_it(chain, tmp_
 def test_a_conversion_that_was_broken_off_is_made_again(chain, tmp_path):
     job = PlayedJob(tmp_path)
     trained(chain, "first")
-    (chain.stages[0].folder / "stage.json").write_text('{"start": null}')
+    record = {"start": None, "trained": "step_00000005 hash5", "done": []}
+    (chain.stages[0].folder / "stage.json").write_text(json.dumps(record))
     chain.stages[0].export.mkdir()  # as where the job was killed before it could say so
     with chains._Stop() as stop:
         assert finish(chain, chain.stages[0], job, stop) == 0

@@ -177,6 +177,14 @@ def test_nodes_that_differ_are_named(subject, values, blamed, may_start):
     assert found.ok == may_start
 
 
+def test_what_is_wrong_on_a_node_is_said_once():
+    nodes = reports()
+    for report in nodes:
+        bad = report.node == "n2"
+        report.findings.append(Finding("shards of a", "cut short" if bad else "3 shards", ok=not bad).on(report.node))
+    assert wrong(judge(nodes, MASTER).findings) == [("n2", "shards of a")]
+
+
 def test_what_is_wrong_everywhere_leaves_no_node():
     nodes = reports(2)
     for report in nodes:
