@@ -59,13 +59,14 @@ class NoMeeting(Exception):
     """The first node's port can't be had, or not be reached; says why."""
 
 
-def meet(meeting: Meeting) -> TCPStore:
-    """
+def meet(meeting: Meeting) -> PrefixStore:
+    """The nodes' common store.
+
     Raises:
         NoMeeting: on the first node: the port is taken; elsewhere: nobody answers there.
     """
     try:
-        return TCPStore(
+        store = TCPStore(
             meeting.address,
             meeting.port,
             meeting.nodes,
@@ -78,6 +79,9 @@ def meet(meeting: Meeting) -> TCPStore:
             raise NoMeeting(f"port {meeting.port} is taken by another program") from None
         raise NoMeeting(_first_line(error)) from None
 
+    # Where the first node could not have its port, another job's store may answer there.
+    return PrefixStore(meeting.nonce, store)
+
 
 class Together:
     """The nodes that have arrived.
@@ -86,7 +90,7 @@ class Together:
         NoMeeting: this node comes too late, or the first one is gone.
     """
 
-    def __init__(self, meeting: Meeting, store: TCPStore):
+    def __init__(self, meeting: Meeting, store: PrefixStore):
         self.meeting, self._store = meeting, store
         store.set(f"here/{meeting.number}", meeting.node)
         try:

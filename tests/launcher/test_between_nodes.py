@@ -118,6 +118,17 @@ def test_a_first_node_that_is_not_there_is_told(monkeypatch):
         meet(Meeting("127.0.0.1", free_port(), 1, 2, "n1", "nonce"))
 
 
+def test_another_jobs_store_is_not_taken_for_ones_own(monkeypatch):
+    monkeypatch.setattr(between_nodes, "ARRIVE_S", 1.0)
+    port = free_port()
+    other = meet(Meeting("127.0.0.1", port, 0, 1, "m0", "another"))
+    other.set("members", "[0, 1, 2, 3]")
+    meeting = Meeting("127.0.0.1", port, 1, 2, "n1", "nonce")
+    monkeypatch.setattr(Together, "_get", lambda self, key, limit_s: self._store.wait([key], timedelta(seconds=0.5)))
+    with pytest.raises(NoMeeting, match="the first node stopped answering"):
+        Together(meeting, meet(meeting))
+
+
 def test_a_wrong_sum_is_found(tmp_path, monkeypatch):
     real = between_nodes._group
 
