@@ -261,7 +261,7 @@ class Job:
         """For good: nothing will start it again."""
         return self.state in {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE"}
 
-    def wait(self, timeout_s: float = 150) -> str:
+    def wait(self, timeout_s: float = 400) -> str:
         """Until it has ended; the state it ended in."""
         wait_until(lambda: self.has_ended, f"end of job {self.number}", timeout_s, self.describe)
         return self.state

@@ -9,8 +9,8 @@ from pathlib import Path
 import yaml
 
 from megablip.engine.topology import job_port
-from tests.slurm.cluster import Node, wait_until
-from tests.slurm.submitted import Submitted
+from tests.slurm.cluster import Node
+from tests.slurm.submitted import START_S, Submitted
 
 
 def make_read_only(node: Node, folder: Path) -> None:
@@ -31,8 +31,18 @@ def test_each_bad_node_is_named_with_what_to_do_and_left_out(cluster, straight, 
     shard = sorted(Path(source["shards"]).parent.glob("caption-*.tar"))[1]
     cluster.nodes["n4"].run("mount", "--bind", "/dev/null", str(shard))
     run = Submitted.start(cluster, recipe, nodes=4, partition="four", python=str(interpreter))
-    wait_until(lambda: run.attempts or run.job.has_ended, "end of the checks", 150, run.describe)
-    print(run.describe())
+    assert run.job.wait(START_S) == "COMPLETED", run.describe()
+    [attempt] = run.attempts
+    assert (attempt["nodes"], attempt["outcome"]) == (["n1"], "finished")
+    found = {
+        "n2": ("run directory: [Errno 30] Read-only file system", "check the path and its permissions"),
+        "n3": ("start: no word from it: srun: error: n3: task 2: Exited with exit code 1", "see that the interpreter"),
+        "n4": ("shards of caption: 2 shards, readable and indexed, and 3 shards", "mount the same file system there"),
+    }
+    log = run.log
+    for node, (what, remedy) in found.items():
+        assert f"{node} is left out: {what}" in log
+        assert remedy in log
 
 
 def test_a_port_in_use_is_told_and_another_one_taken(cluster, straight):
@@ -41,5 +51,18 @@ def test_a_port_in_use_is_told_and_another_one_taken(cluster, straight):
         other.bind(("127.0.0.1", job_port(run.job.number, 0)))
         other.listen()
         cluster.run("scontrol", "release", str(run.job.number))
-        assert run.job.wait() == "COMPLETED"
-    print(run.describe())
+        assert run.job.wait(START_S) == "COMPLETED", run.describe()
+    assert f"port {job_port(run.job.number, 0)} of n1 is taken; trying another" in run.log
+    assert run.attempts[-1]["outcome"] == "finished"
+
+
+def test_nothing_starts_where_all_nodes_lack_a_shard(cluster, straight):
+    recipe = straight.recipe("no-shard", "5 steps")
+    raw = yaml.safe_load(recipe.read_text())
+    missing = raw["data"]["sources"][0]["shards"] = str(recipe.parent / "caption-{0..1}.tar")
+    recipe.write_text(yaml.safe_dump(raw))
+    run = Submitted.start(cluster, recipe)
+    assert run.job.wait(START_S) == "FAILED"
+    assert "caption-" in run.log, missing
+    assert not run.attempts or run.attempts[-1]["outcome"] == "failed"
+    assert not (run.run_dir / "metrics.jsonl").exists()
