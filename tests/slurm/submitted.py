@@ -22,7 +22,7 @@ START_S = 400  # for the first step of an attempt, on a very busy machine
 def write_profile(folder: Path, **changes: Any) -> Path:
     """The profile of the test's own cluster: one rank a node, no GPU."""
     profile = {
-        "gpus_per_node": 0, "ranks_per_node": 1, "time": "60:00", "signal_lead_s": 30, "exclusive": True,
+        "gpus_per_node": 0, "ranks_per_node": 1, "time": "60:00", "signal_lead_s": 120, "exclusive": True,
         "environment": {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(runs.REPOSITORY)},
     }  # fmt: skip
     path = folder / "profile.yaml"

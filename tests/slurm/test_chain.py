@@ -38,7 +38,8 @@ def test_a_chain_stops_at_a_failing_stage_and_goes_on_when_that_is_mended(cluste
         BEHIND, "CANCELLED"
     ), jobs[FAILING].describe()
     told = {line.split()[0]: line for line in launcher(cluster, "status", str(out)).stdout.splitlines() if line.split()}
-    assert str(shard) in "".join(launcher(cluster, "status", str(out)).stdout.split())
+    assert told[FAILING].split()[1] == "failed"
+    assert str(shard) in json.loads((out / FAILING / "stage.json").read_text())["failed"]
     for stage in BEHIND:
         assert f"{FAILING} failed before it" in told[stage]
         assert not (out / stage / "run" / "checkpoints").exists()

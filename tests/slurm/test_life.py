@@ -25,8 +25,10 @@ def test_a_job_trains_and_finishes_with_the_losses_of_one_machine(cluster, strai
 
 # How each of them ends an attempt, and who starts the next one.
 def time_limit(cluster: Cluster, run: Submitted) -> str:
-    # The limit is below the signal's lead now; Slurm looks at it every half minute.
-    cluster.run("scontrol", "update", f"JobId={run.job.number}", "TimeLimit=1")
+    # So near that the signal, 120 s before it, is due; Slurm looks at it every half minute.
+    hours, minutes, _ = run.job.show()["RunTime"].split(":")
+    limit = int(hours) * 60 + int(minutes) + 2
+    cluster.run("scontrol", "update", f"JobId={run.job.number}", f"TimeLimit={limit}")
     wait_until(lambda: run.job.state == "PENDING", "requeue", 120, run.describe)
     cluster.run("scontrol", "update", f"JobId={run.job.number}", "TimeLimit=60")
     return "stopped, requeued"
