@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -34,7 +35,7 @@ from megablip.data.samples import index_sources
 from megablip.data.shards import expand_shards
 from megablip.engine.ds_config import read_ds_config
 from megablip.engine.status import ATTEMPT, EXIT_CODES, RunStatus
-from megablip.engine.topology import has_gpu, node_name
+from megablip.engine.topology import has_gpu, job_port, node_name
 from megablip.errors import ConfigError
 from megablip.metrics.points import last_step
 from megablip.metrics.startup import STARTED, process_age_s
@@ -392,7 +393,10 @@ def _environment(config: Config, ranks: int, status: RunStatus) -> dict[str, str
 
 
 def free_port() -> int:
-    """Of this machine."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Of this machine; below those that systems give to connections, one of which might take it until it is used."""
+    while True:
+        with socket.socket() as probe:
+            port = job_port(secrets.randbelow(1 << 16), 0)
+            with suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                return port
