@@ -67,7 +67,7 @@ def kill_a_slurmd(cluster: Cluster, run: Submitted) -> str:
     node.kill_slurmd()
     wait_until(lambda: run.job.state == "PENDING", "requeue", 60, run.describe)
     node.start_slurmd()
-    return "failed, requeued"
+    return "stopped or failed, requeued"  # the other node's ranks are told to end, and all save if that is quick enough
 
 
 INCIDENTS: list[Callable[[Cluster, Submitted], str]] = [
@@ -88,10 +88,10 @@ def test_a_run_goes_on_exactly_after_whatever_ends_an_attempt(cluster, straight)
         following = run.wait_for_attempt(number + 1)
         ended = run.attempts[number - 1]
         print(f"{strike.__name__}: {ended} -> {following}")
-        assert ended["outcome"] == expected, run.describe()
+        assert ended["outcome"] in expected.split(" or "), run.describe()
         assert int(run.job.show()["Restarts"]) == restarts + bool(requeued)
         assert following["nodes"] == ["n1", "n2"]
-        if expected == "stopped":
+        if ended["outcome"] == "stopped":
             assert following["first_step"] == ended["last_step"], "not a step is lost"
         else:
             assert ended["last_step"] - 2 * straight.every <= following["first_step"] <= ended["last_step"]
