@@ -379,7 +379,9 @@ class RankGroup:
 
 
 def _environment(config: Config, ranks: int, status: RunStatus) -> dict[str, str]:
-    environment = {STARTED: str(time.time() - process_age_s())} | os.environ
+    # Where torchrun has started this process its store is none for the ranks, who would wait for it.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
+    environment = {STARTED: str(time.time() - process_age_s())} | inherited
     if status.attempt:
         environment[ATTEMPT] = status.attempt
     if config.engine.threads:

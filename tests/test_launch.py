@@ -13,8 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megablip import launch
 from megablip.config import parse_config
-from megablip.engine.status import RunStatus
+from megablip.engine.status import ATTEMPT, RunStatus
 from megablip.errors import ConfigError
 from megablip.launch import KeptProcess, Machines, claim, conclude, launcher_command, lives_here
 from tests.minimal import RECIPE
@@ -124,3 +125,13 @@ def test_the_command_of_each_of_several_machines(tmp_path, monkeypatch):
     assert list(world.items()) == [("n1", [0, 1, 2, 3]), ("n2", ["4", "5"])]
     with pytest.raises(ConfigError, match="4 ranks need as many GPUs"):
         launcher_command(tmp_path / "config.yaml", Machines({"n1": 4, "n2": 2}, 0, "10.0.0.1", 12345))
+
+
+def test_ranks_know_nothing_of_a_torchrun_around_their_launcher(tmp_path, monkeypatch):
+    """Its TORCHELASTIC_USE_AGENT_STORE says that rank 0 need not open the store, and nobody would."""
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    status = RunStatus(tmp_path)
+    status.begin(ranks=1)
+    environment = launch._environment(config_of(tmp_path), 1, status)
+    assert not [name for name in environment if name.startswith("TORCHELASTIC_")]
+    assert environment[ATTEMPT] == status.attempt
