@@ -144,7 +144,10 @@ SAMPLES = {
     "NUL bytes": ("text", {"txt": b"a\0b\0"}),
     "odd characters": ("text", {"txt": "\u202e\ufeff\u2028\U000e0001 \u2581a".encode()}),
     "control tokens": ("text", {"txt": CONTROL.encode()}),
-    "control tokens in turns": ("conversation", content({"conversations": [{"from": "gpt", "value": CONTROL}]})),
+    "control tokens in turns": (
+        "conversation",
+        content({"conversations": [{"from": "human", "value": CONTROL}, {"from": "gpt", "value": CONTROL}]}),
+    ),
     "placeholders only": ("conversation", content({"conversations": [{"from": "human", "value": "<image>" * 1000}]})),
     "roles of all kinds": ("conversation", content({"conversations": [{"from": [], "value": {}}, 3, None]})),
     "base64 garbage": ("interleaved", content({"texts": [None], "images": [{"base64": "a-_=\n"}]})),

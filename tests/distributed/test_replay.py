@@ -163,7 +163,8 @@ def test_a_moment_that_differs_in_one_bit_is_named(run_dir, tmp_path, capsys):
     ).item()
     save_file(tensors, path, metadata=metadata)
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"][path.name] |= {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    written = path.read_bytes()
+    manifest["files"][path.name] = {"size": len(written), "sha256": hashlib.sha256(written).hexdigest()}
     content = json.dumps(manifest).encode()
     (folder / "manifest.json").write_bytes(content)
     (folder / "COMMITTED").write_text(hashlib.sha256(content).hexdigest())
