@@ -146,7 +146,9 @@ SAMPLES = {
     "control tokens": ("text", {"txt": CONTROL.encode()}),
     "control tokens in turns": (
         "conversation",
-        content({"conversations": [{"from": "human", "value": CONTROL}, {"from": "gpt", "value": CONTROL}]}),
+        content(
+            {"conversations": [{"from": role, "value": CONTROL.replace("<image>", "")} for role in ("human", "gpt")]}
+        ),
     ),
     "placeholders only": ("conversation", content({"conversations": [{"from": "human", "value": "<image>" * 1000}]})),
     "roles of all kinds": ("conversation", content({"conversations": [{"from": [], "value": {}}, 3, None]})),

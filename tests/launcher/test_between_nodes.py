@@ -90,14 +90,19 @@ def test_the_others_go_on_without_a_node_that_does_not_come(tmp_path):
 
 
 def test_who_comes_late_is_told(tmp_path):
+    told_late = threading.Event()
+
     def act(meeting, folder, say):
         if meeting.number == 1:
             store = meet(meeting)
             store.wait(["members"], timedelta(seconds=20))
-            Together(meeting, store)
+            try:
+                Together(meeting, store)
+            finally:
+                told_late.set()
         else:
             look_together(meeting, folder, say)
-            threading.Event().wait(1)
+            told_late.wait(20)  # whose node ends takes the store along
 
     told = together([tmp_path, tmp_path], act)
     assert "took longer than 3 s" in told[1]["no_meeting"][0]
