@@ -164,8 +164,7 @@ def node(
     """Start this machine's ranks of a run: on each node by srun, by torchrun, or by hand with a hostfile."""
     from launcher.node import run_node
 
-    address, _, port = (master or "").rpartition(":")
-    place = (address, int(port)) if master else None
+    place = _place(master) if master else None
     raise typer.Exit(
         run_node(config, hostfile=hostfile, nodes=nodes.split(",") if nodes else None, meeting_place=place)
     )
@@ -197,8 +196,13 @@ def preflight_node(
     """What `supervise` starts on each node before the ranks."""
     from launcher.preflight import run_on_node
 
+    run_on_node(config, _place(master), nodes, nonce)
+
+
+def _place(master: str) -> tuple[str, int]:
+    """`ADDRESS:PORT`, as the supervisor writes it."""
     address, _, port = master.rpartition(":")
-    run_on_node(config, (address, int(port)), nodes, nonce)
+    return address, int(port)
 
 
 if __name__ == "__main__":

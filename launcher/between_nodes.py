@@ -98,7 +98,8 @@ class Together:
                 store.set("members", json.dumps(self._arrived()))
             self.members: list[int] = json.loads(self._get("members", ARRIVE_S + 10))
         except (DistError, RuntimeError) as error:
-            raise NoMeeting(f"the first node stopped answering: {_first_line(error)}") from None
+            late = "the first node stopped answering, or had ended its checks before this one was ready"
+            raise NoMeeting(f"{late}: {_first_line(error)}") from None
         if meeting.number not in self.members:
             raise NoMeeting(f"this node took longer than {ARRIVE_S:.0f} s to get ready; the others began without it")
 

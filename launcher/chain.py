@@ -17,7 +17,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -37,10 +36,11 @@ from launcher.allocation import Allocation, SlurmJob
 from launcher.job import FOLDER, job_number, job_state, run_job, submit_job, write_job
 from launcher.profile import load_profile
 from launcher.status import WIDTH
+from launcher.supervise import say
 from megablip.cli import AskedTask
 from megablip.engine.status import EXIT_CODES, RunStatus
 from megablip.errors import ConfigError, MegablipError
-from megablip.launch import STOP_SIGNALS
+from megablip.launch import heeding
 
 CHAIN, STAGE = "chain.json", "stage.json"
 
@@ -281,18 +281,18 @@ def finish(chain: Chain, stage: Stage, allocation: Allocation, stop: _Stop) -> i
     for part, words in _commands(chain, stage):
         if part in record["done"]:
             continue
-        _say(f"{stage.name}: {part}")
+        say(f"{stage.name}: {part}")
         began = time.monotonic()
         code, last = stop.wait(allocation.step(nodes[:1], ["-m", "megablip.cli", *words]))
         if stop.asked:
-            _say(f"{stage.name}: {part} was stopped; {allocation.requeue([])}")
+            say(f"{stage.name}: {part} was stopped; {allocation.requeue([])}")
             return EXIT_CODES["stopped"]
         if code:
             reason = f"{part} ended with exit code {code}: {last}"
             _write(stage.folder / STAGE, record | {"failed": reason})
-            _say(f"{stage.name}: {reason}")
+            say(f"{stage.name}: {reason}")
             return EXIT_CODES["failed"]
-        _say(f"{stage.name}: {part} took {time.monotonic() - began:.0f} s")
+        say(f"{stage.name}: {part} took {time.monotonic() - began:.0f} s")
         record["done"].append(part)
         _write(stage.folder / STAGE, record)
     return EXIT_CODES["finished"]
@@ -314,12 +314,12 @@ class _Stop:
         self._process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> _Stop:
-        self._previous = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
+        self._heeding = heeding(self._on_signal)
+        self._heeding.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+    def __exit__(self, *error: Any) -> None:
+        self._heeding.__exit__(*error)
 
     def wait(self, command: list[str]) -> tuple[int, str]:
         """Run a command to its end, or to a stop; exit code and the last line of what it said."""
@@ -393,10 +393,6 @@ def _last_line(log: Path) -> str:
     except OSError:
         return ""
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
-
-
-def _say(text: str) -> None:
-    print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
 
 
 def _read(path: Path) -> dict[str, Any]:

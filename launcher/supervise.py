@@ -16,7 +16,8 @@ import os
 import signal
 import subprocess
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -32,11 +33,11 @@ from megablip.errors import SupersededError
 from megablip.launch import (
     OWNER_S,
     POLL_S,
-    STOP_SIGNALS,
     KeptProcess,
     StoppedBeforeStart,
     claim,
     conclude,
+    heeding,
     prepare,
 )
 from megablip.metrics.startup import STARTED, process_age_s
@@ -73,20 +74,16 @@ class Supervisor:
         Raises:
             ConfigError, ShardError: from `prepare`, before the first attempt.
         """
-        previous = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
-        try:
+        with heeding(self._on_signal):
             if is_finished(self._config):
-                _say(f"{self._run_dir} is finished already")
+                say(f"{self._run_dir} is finished already")
                 return EXIT_CODES["finished"]
             return self._live()
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
     def _live(self) -> int:
         self._attempts_before = len(RunStatus(self._run_dir).attempts)
         try:
-            _say(f"preparing {self._run_dir} on {node_name()}")
+            say(f"preparing {self._run_dir} on {node_name()}")
             with self._stoppable():
                 claim(self._config, self._allocation.is_alive)
                 config_path = prepare(self._config)
@@ -99,18 +96,18 @@ class Supervisor:
                 if attempt["outcome"] == "finished":
                     return EXIT_CODES["finished"]
                 if why := self._hopeless():
-                    _say(why)
+                    say(why)
                     return EXIT_CODES["failed"]
                 if self._asked or attempt["outcome"] == "stopped":
                     return self._stop(attempt)
-                _say(f"attempt {attempt['id']} failed: {attempt.get('reason')}; once more in {PAUSE_S:.0f} s")
+                say(f"attempt {attempt['id']} failed: {attempt.get('reason')}; once more in {PAUSE_S:.0f} s")
                 with self._stoppable():
                     time.sleep(PAUSE_S)
         except StoppedBeforeStart:
-            _say("stopped while no rank was there")
+            say("stopped while no rank was there")
             return self._stop({"outcome": "stopped"})
         except (SupersededError, JobLostError) as error:
-            _say(str(error))
+            say(str(error))
             return EXIT_CODES["failed"]
 
     def _find_nodes(self, config_path: Path) -> list[str]:
@@ -118,7 +115,7 @@ class Supervisor:
         nodes, bad = self._allocation.usable_nodes()
         self._leave_out(bad)
         while nodes:
-            _say(f"checking {', '.join(nodes)}")
+            say(f"checking {', '.join(nodes)}")
             meeting_place = self._allocation.meeting_place(nodes, self._number)
             step = partial(self._allocation.step, nodes, each_alone=True)
             report = preflight(config_path, nodes, meeting_place, step)
@@ -130,12 +127,12 @@ class Supervisor:
             self._leave_out(report.bad)
             nodes = report.usable  # once more, as they are to work together
             if not nodes:
-                _say(f"the run can't start on these nodes: {report.reason}")
+                say(f"the run can't start on these nodes: {report.reason}")
         return nodes
 
     def _leave_out(self, bad: dict[str, str]) -> None:
         for node, reason in bad.items():
-            _say(f"{node} is left out: {reason}")
+            say(f"{node} is left out: {reason}")
         self._bad_nodes |= bad
 
     def _attempt(self, config_path: Path, nodes: list[str]) -> dict[str, Any]:
@@ -144,7 +141,7 @@ class Supervisor:
         address, port = self._allocation.meeting_place(nodes, self._number)
         facts = {"nodes": nodes, "duration": str(self._config.duration)} | self._allocation.facts()
         status.begin(ranks=len(nodes) * self._config.engine.ranks, **facts)
-        _say(f"attempt {status.attempt} on {', '.join(nodes)}")
+        say(f"attempt {status.attempt} on {', '.join(nodes)}")
         words = ["-m", "launcher", "node", str(config_path.resolve())]
         words += ["--nodes", ",".join(nodes), "--master", f"{address}:{port}"]
         code = self._wait(self._allocation.step(nodes, words), status)
@@ -181,9 +178,9 @@ class Supervisor:
         """The run has been stopped, and saved if there was anything to save."""
         limit = self._config.stop_after_steps
         if limit and attempt.get("last_step", 0) >= limit:
-            _say(f"stopped at step {attempt['last_step']}, as stop_after_steps says")
+            say(f"stopped at step {attempt['last_step']}, as stop_after_steps says")
         else:
-            _say(self._allocation.requeue(self._bad_nodes))
+            say(self._allocation.requeue(self._bad_nodes))
         return EXIT_CODES[attempt["outcome"]]
 
     def _hopeless(self) -> str:
@@ -213,8 +210,16 @@ class Supervisor:
             return _diagnosis(f"the run was stopped {IDLE_STOPS} times without a single step", idle)
         return ""
 
-    def _stoppable(self) -> _Stoppable:
-        return _Stoppable(self)
+    @contextmanager
+    def _stoppable(self) -> Iterator[None]:
+        """A part of the work that a signal may break off."""
+        self._may_raise = True
+        try:
+            if self._asked:
+                raise StoppedBeforeStart
+            yield
+        finally:
+            self._may_raise = False
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._asked.append(number)
@@ -229,21 +234,6 @@ class Supervisor:
     def _pass_on(self) -> None:
         with suppress(ProcessLookupError):
             os.kill(self._kept.process.pid, signal.SIGUSR1)
-
-
-class _Stoppable:
-    """A part of a supervisor's work that a signal may break off."""
-
-    def __init__(self, supervisor: Supervisor):
-        self._supervisor = supervisor
-
-    def __enter__(self) -> None:
-        self._supervisor._may_raise = True
-        if self._supervisor._asked:
-            raise StoppedBeforeStart
-
-    def __exit__(self, *_: object) -> None:
-        self._supervisor._may_raise = False
 
 
 def is_finished(config: Config) -> bool:
@@ -278,5 +268,6 @@ def _diagnosis(what: str, attempts: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """A line of the job's log."""
     print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)

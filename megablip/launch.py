@@ -19,8 +19,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -229,6 +229,17 @@ def launcher_command(config_path: Path, machines: Machines) -> list[str]:
     ]  # fmt: skip
 
 
+@contextmanager
+def heeding(on_signal: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Give STOP_SIGNALS to `on_signal` meanwhile; in the main thread."""
+    previous = {number: signal.signal(number, on_signal) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
 class StoppedBeforeStart(BaseException):
     """A signal came while there were no ranks to save anything."""
 
@@ -304,12 +315,12 @@ class RankGroup:
         self._kept: KeptProcess | None = None
 
     def __enter__(self) -> RankGroup:
-        self._previous = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
+        self._heeding = heeding(self._on_signal)
+        self._heeding.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+    def __exit__(self, *error: Any) -> None:
+        self._heeding.__exit__(*error)
 
     def run(self, config: Config, config_path: Path, machines: Machines, status: RunStatus) -> int:
         """Start this machine's ranks, wait until all have ended; the launcher's exit code.

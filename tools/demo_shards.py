@@ -26,9 +26,9 @@ import typer
 from PIL import Image
 from rich.progress import Progress
 
-from megablip.errors import MegablipError
 from tools.canvases import Canvas, augment, draw_line
 from tools.digits import Digits, load_digits
+from tools.errors import errors_end_the_program
 from tools.folders import complete_folder
 from tools.shard_writer import SAMPLES_PER_SHARD, IndexedShardWriter
 
@@ -208,12 +208,8 @@ def main(
     seed: Annotated[int, typer.Option(help="Fixes the split of the digits and every canvas.")] = 0,
 ) -> None:
     """Make the demo's shards from real handwritten digits."""
-    try:
-        with Progress(transient=True) as progress:
-            make_demo_shards(out, documents, seed, progress)
-    except MegablipError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
+    with errors_end_the_program(), Progress(transient=True) as progress:
+        make_demo_shards(out, documents, seed, progress)
     shards = sorted(out.rglob("*.tar"))
     typer.echo(f"{out}: {len(shards)} shards, {sum(shard.stat().st_size for shard in shards) / 2**20:.0f} MiB")
 

@@ -24,7 +24,8 @@ from typing import Annotated, Any
 import typer
 from rich.progress import Progress
 
-from megablip.errors import ConfigError, MegablipError, SampleError
+from megablip.errors import ConfigError, SampleError
+from tools.errors import errors_end_the_program
 from tools.shard_writer import write_counted
 
 app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode=None)
@@ -118,16 +119,14 @@ def vlguard(source: Source, images: Images, out: Out) -> None:
 
 def _write(source: Path, images: Path, out: Path, make: Any) -> None:
     counts: Counter[str] = Counter()
-    try:
-        with Progress(transient=True) as progress:
-            rows = progress.track(read_rows(source), description=source.name)
-            line = write_counted(out, make(rows, images, counts), counts)
-    except (KeyError, TypeError, AttributeError) as error:
-        typer.echo(f"error: a row of {source} lacks {error}", err=True)
-        raise typer.Exit(1) from None
-    except MegablipError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
+    with errors_end_the_program():
+        try:
+            with Progress(transient=True) as progress:
+                rows = progress.track(read_rows(source), description=source.name)
+                line = write_counted(out, make(rows, images, counts), counts)
+        except (KeyError, TypeError, AttributeError) as error:
+            typer.echo(f"error: a row of {source} lacks {error}", err=True)
+            raise typer.Exit(1) from None
     typer.echo(line)
 
 

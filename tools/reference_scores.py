@@ -29,11 +29,12 @@ from megablip.data.reference import PairScore, ids_digest, made_from, read_score
 from megablip.data.samples import SampleReader
 from megablip.engine.build import build_unfilled
 from megablip.engine.topology import computes_on_gpu
-from megablip.errors import ConfigError, MegablipError, SampleError, ShardError
+from megablip.errors import ConfigError, SampleError, ShardError
 from megablip.model.blip3 import Blip3Config, Blip3ForConditionalGeneration
 from megablip.model.layout import check_tokenizer
 from megablip.model.vision import encode_tiles
 from megablip.records import MASTER, DecodedDocument, PlannedSequence, SampleAddress
+from tools.errors import errors_end_the_program
 
 
 class Scorer:
@@ -157,11 +158,8 @@ def main(
     number, _, parts = part.partition("/")
     if not (number.isdecimal() and parts.isdecimal() and int(number) < int(parts)):
         raise typer.BadParameter(f"'{part}' is not K/N with K below N", param_hint="--part")
-    try:
+    with errors_end_the_program():
         line = score_shards(load_config(recipe, overrides or []), int(number), int(parts))
-    except MegablipError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
     typer.echo(line)
 
 

@@ -27,9 +27,10 @@ from PIL import Image as PILImage
 from megablip.config import SourceConfig
 from megablip.data.schemas import SCHEMAS
 from megablip.data.shards import ShardSource, expand_shards
-from megablip.errors import MegablipError, SampleError
+from megablip.errors import SampleError
 from megablip.evaluate.generation import Answerer, Decoding
 from megablip.records import Document, Image
+from tools.errors import errors_end_the_program
 from tools.shard_writer import write_counted
 
 DIFFUSION_STEPS = 1000
@@ -104,13 +105,10 @@ def main(
 ) -> None:
     """Answer noised images, and write the answers as rejected ones."""
     counts: Counter[str] = Counter()
-    try:
+    with errors_end_the_program():
         decoding = Decoding(max_new_tokens, temperature)
         samples = rejected_answers(Answerer(model), shards, step, decoding, seed, counts)
         line = write_counted(out, samples, counts)
-    except MegablipError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
     typer.echo(line)
 
 

@@ -17,7 +17,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from multiprocessing import get_context
 from typing import Annotated, NamedTuple
@@ -31,7 +30,8 @@ from megablip.data.cache import ShardCache, is_url
 from megablip.data.index import count_samples, index_path, open_shard, read_head, valid_head
 from megablip.data.shards import MAX_MEMBER_BYTES, expand_shards
 from megablip.data.tar import USUAL_SHARE, Walk, split_name, walk
-from megablip.errors import MegablipError, ShardError
+from megablip.errors import ShardError
+from tools.errors import errors_end_the_program
 
 EXAMPLES = 3  # of samples with unusual members that are named; the others are counted
 PADDING_BYTES = 10_240  # tar programs fill their last record, of 20 blocks, with zeros
@@ -130,7 +130,7 @@ def _of_samples(path: str, found: Walk) -> Iterator[Finding]:
 @app.command()
 def index(specs: Specs, jobs: Jobs = JOBS) -> None:
     """Write the index of each shard that has none."""
-    with _errors_end_the_program():
+    with errors_end_the_program():
         paths = expand_shards(specs)
         remote = [path for path in paths if is_url(path)]
         if remote:
@@ -144,7 +144,7 @@ def index(specs: Specs, jobs: Jobs = JOBS) -> None:
 @app.command()
 def lint(specs: Specs, jobs: Jobs = JOBS) -> None:
     """Walk shards and print what is wrong with them."""
-    with _errors_end_the_program():
+    with errors_end_the_program():
         paths = expand_shards(specs)
         with tempfile.TemporaryDirectory() as folder:  # copies of remote shards, a few at a time
             summaries = _lint_all(paths, jobs, ShardCache(folder, shutil.disk_usage(folder).free // 2))
@@ -173,15 +173,6 @@ def _print_table(paths: list[str], summaries: list[Summary]) -> None:
     findings = sum(len(summary.findings) for summary in summaries)
     table.add_row(*(f"{total:,}" for total in (len(paths), samples, size, findings)), members)
     Console().print(table)
-
-
-@contextmanager
-def _errors_end_the_program() -> Iterator[None]:
-    try:
-        yield
-    except MegablipError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
 
 
 if __name__ == "__main__":

@@ -29,9 +29,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from megablip.errors import MegablipError
 from tools.canvases import CELL, EMPTY, augment, paint
 from tools.digits import Digits, load_digits
+from tools.errors import errors_end_the_program
 from tools.folders import complete_folder
 from tools.miniature.pictures import STAMPS, cell_of, put_stamp, smudge
 
@@ -191,12 +191,8 @@ def main(
     """Train the small ViT that stands in for SigLIP in the demo."""
     started = time.perf_counter()
     columns = ("{task.description}", BarColumn(), TextColumn("loss {task.fields[loss]:.3f}"), TimeRemainingColumn())
-    try:
-        with Progress(*columns, transient=True) as progress:
-            shares = train_tower(out, steps, seed, progress)
-    except MegablipError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
+    with errors_end_the_program(), Progress(*columns, transient=True) as progress:
+        shares = train_tower(out, steps, seed, progress)
     figures = ", ".join(f"{name} {share:.3f}" for name, share in shares.items())
     typer.echo(f"{out}: share of validation patches read rightly: {figures}; {time.perf_counter() - started:.0f} s")
 

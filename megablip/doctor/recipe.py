@@ -179,11 +179,9 @@ def trained_values(config: Config) -> int:
     shapes = weight_shapes(Path(config.model.path))
     lora = config.model.lora
     if lora is None:
-        return sum(
-            prod(shape)
-            for name, shape in shapes.items()
-            if config.model.train_tower or not name.startswith("vision_tower.")
-        )
+        # A trained tower's pooling head stays frozen.
+        frozen = "vision_tower.head." if config.model.train_tower else "vision_tower."
+        return sum(prod(shape) for name, shape in shapes.items() if not name.startswith(frozen))
     also = {
         "sampler": r"sampler\.",
         "embeddings": r"decoder\..*embed\w*\.weight$",

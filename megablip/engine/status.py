@@ -160,7 +160,11 @@ class RunStatus:
         held = True
         try:
             lock.acquire()
-        except (OSError, NotImplementedError, Timeout):
+        except (
+            OSError,
+            NotImplementedError,
+            Timeout,
+        ):  # NotImplementedError: filelock's, of a file system without locks
             held = False  # to write without it is better than not to write
         try:
             yield

@@ -101,10 +101,12 @@ def test_who_comes_late_is_told(tmp_path):
             finally:
                 told_late.set()
         else:
-            look_together(meeting, folder, say)
-            told_late.wait(20)  # whose node ends takes the store along
+            store = meet(meeting)  # it lives as long as this variable
+            say({"members": Together(meeting, store).members})
+            told_late.wait(20)
 
     told = together([tmp_path, tmp_path], act)
+    assert told[0]["members"] == [[0]]
     assert "took longer than 3 s" in told[1]["no_meeting"][0]
 
 

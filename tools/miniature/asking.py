@@ -17,7 +17,6 @@ from typing import Annotated
 import torch
 import typer
 
-from megablip.errors import MegablipError
 from megablip.evaluate.evaluation import SHOTS
 from megablip.evaluate.generation import Answerer, Decoding
 from megablip.evaluate.tasks import (
@@ -30,6 +29,7 @@ from megablip.evaluate.tasks import (
     share,
     shots_questions,
 )
+from tools.errors import errors_end_the_program
 from tools.folders import complete_folder
 from tools.miniature.tasks import READING, SINGLE_SKILLS, UNCLEAR
 
@@ -88,15 +88,12 @@ def main(
     """Ask a model all held-out questions of the miniature."""
     if threads:
         torch.set_num_threads(threads)
-    try:
+    with errors_end_the_program():
         answers = all_answers(Answerer(model), test, limit, task or ())
         with complete_folder(out, "figures.json") as folder:
             content = {task: [asdict(answer) for answer in of_task] for task, of_task in answers.items()}
             (folder / "answers.json").write_text(json.dumps(content))
             (folder / "figures.json").write_text(json.dumps(figures(answers), indent=1))
-    except MegablipError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
     typer.echo(f"{out}: {sum(map(len, answers.values()))} answers")
 
 

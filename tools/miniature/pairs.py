@@ -19,11 +19,11 @@ import numpy as np
 import torch
 import typer
 
-from megablip.errors import MegablipError
 from megablip.evaluate.generation import Answerer, Decoding
 from megablip.records import Document, Image, Text
 from tools.canvases import augment
 from tools.digits import load_digits
+from tools.errors import errors_end_the_program
 from tools.miniature.shards import AUGMENTED_COPIES
 from tools.miniature.tasks import UNCLEAR, Asker, Exchange
 from tools.shard_writer import write_counted
@@ -82,11 +82,8 @@ def main(
 ) -> None:
     """Draw a model's answers and pair them with the truth."""
     counts: Counter[str] = Counter()
-    try:
+    with errors_end_the_program():
         line = write_counted(out, make_pairs(Answerer(model), questions, seed, counts), counts)
-    except MegablipError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
     typer.echo(line)
 
 

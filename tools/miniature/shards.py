@@ -22,10 +22,10 @@ import numpy as np
 import typer
 from rich.progress import Progress
 
-from megablip.errors import MegablipError
 from tools.canvases import augment
 from tools.demo_shards import FORMATS
 from tools.digits import Digits, load_digits
+from tools.errors import errors_end_the_program
 from tools.folders import complete_folder
 from tools.miniature.pictures import STAMPS, Picture, draw
 from tools.miniature.tasks import COLOURS, REFUSAL, UNCLEAR, UNSAFE, Asker, Exchange, spelled
@@ -240,12 +240,8 @@ def main(
     seed: Annotated[int, typer.Option(help="Fixes the split of the digits and every picture.")] = 0,
 ) -> None:
     """Make the miniature's shards from real handwritten digits."""
-    try:
-        with Progress(transient=True) as progress:
-            make_shards(out, size, seed, progress)
-    except MegablipError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
+    with errors_end_the_program(), Progress(transient=True) as progress:
+        make_shards(out, size, seed, progress)
     shards = sorted(out.rglob("*.tar"))
     typer.echo(f"{out}: {len(shards)} shards, {sum(shard.stat().st_size for shard in shards) / 2**20:.0f} MiB")
 
