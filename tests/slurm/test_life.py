@@ -128,4 +128,5 @@ def test_a_run_goes_on_with_fewer_nodes_and_the_same_data(cluster, straight):
     assert [point["data_digest"] for point in points] == [point["data_digest"] for point in expected]
     losses, on_both = straight.losses(step), alone["first_step"]
     assert runs.losses(run.run_dir)[:on_both] == losses[:on_both]
-    assert all(map(lambda one, other: math.isclose(one, other, rel_tol=1e-4), runs.losses(run.run_dir), losses))
+    # In bf16 another number of ranks rounds gradients otherwise.
+    assert all(map(lambda one, other: math.isclose(one, other, rel_tol=1e-3), runs.losses(run.run_dir), losses))
