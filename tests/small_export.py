@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 import yaml
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
@@ -28,7 +29,9 @@ def make_ingredients(folder: Path, chat: bool = False) -> Path:
         hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=8, patch_size=4,
         vision_use_head=False,
     )  # fmt: skip
-    SiglipVisionModel(config).save_pretrained(folder / "tower")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # or now and then two answers of this noise would be alike
+        SiglipVisionModel(config).save_pretrained(folder / "tower")
     (folder / "model.yaml").write_text(yaml.safe_dump(SETTINGS))
     return folder
 
