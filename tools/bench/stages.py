@@ -38,9 +38,12 @@ DECODER = {
     "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 8,
     "num_key_value_heads": 8, "vocab_size": 32064, "pad_token_id": 0, "tie_word_embeddings": False,
 }  # fmt: skip
-CONVERSATIONS, PAIRS = 12, 5
+# Sequences of a padded micro-batch: 16, as in LLaVA-1.5's fine-tuning script; 8 pairs are as many, and TRL's default.
+CONVERSATIONS, PAIRS = 16, 8
 # Median and sigma of log-normal lengths, of an instruction and of its answer.
 PROMPT_TOKENS, ANSWER_TOKENS = (90, 0.9), (70, 0.9)
+# A draw in which padding multiplies the tokens by 2.7 (pairs: 2.5), about the median of a thousand draws, 2.6 and 2.4.
+SEED = 20
 
 TINY = Phi3Config(
     vocab_size=96, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -194,7 +197,7 @@ def conversations(
     count: int, *, pairs: bool, vocabulary: int, lengths=(PROMPT_TOKENS, ANSWER_TOKENS)
 ) -> tuple[MicroBatch, Tensor]:
     """Instructions with an answer, or two, that carries the labels; and the features of the dummy tile."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(SEED)
     layout = config_of(TINY).layout
     documents = []
     for _ in range(count):

@@ -23,7 +23,7 @@ def main() -> None:
         "python -m tools.miniature", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("name", nargs="?", choices=["chain", *ABLATIONS], default="chain")
-    parser.add_argument("--tiny", action="store_true", help="some steps of each stage of the chain")
+    parser.add_argument("--tiny", action="store_true", help="some steps of each stage")
     parser.add_argument("--seed", type=int, default=0, help="of digits' split, pictures, weights and order of data")
     parser.add_argument(
         "--seeds", type=int, default=3, choices=range(1, 9), metavar="N", help="of a comparison, 1 to 8"
@@ -33,11 +33,12 @@ def main() -> None:
     )
     parser.add_argument("--folder", type=Path, help="where everything goes (default: runs/miniature)")
     arguments = parser.parse_args()
+    size = TINY if arguments.tiny else FULL
     folder = (arguments.folder or Path("runs") / "miniature").resolve()
     if arguments.name != "chain":
-        return run_ablation(arguments.name, folder / arguments.name, arguments.seeds)
+        return run_ablation(arguments.name, folder / "comparisons", arguments.seeds, size)
     chain = Chain(folder)
-    chain.run(stages(folder, TINY if arguments.tiny else FULL, arguments.seed, arguments.split))
+    chain.run(stages(folder, size, arguments.seed, arguments.split))
     print(f"miniature: {folder / 'report' / 'report.html'} after {chain.minutes():.1f} min")
 
 

@@ -3,9 +3,10 @@
     python -m tools.miniature resolution --seeds 3
 
 Each variant is trained from scratch by the real trainer and asked the same
-held-out questions; FOLDER/NAME/results.json holds the figures of each seed, and
-the table that is printed their mean and 95 % interval.  A variant takes two to
-six minutes on two cores.
+held-out questions; FOLDER/NAME.json holds the figures of each seed, and the
+table that is printed their mean and 95 % interval.  All comparisons of a seed
+share its tower and data.  Two variants train side by side, one rank each: that
+is a third faster than one after the other on two ranks.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from tools.miniature.chain import FULL, RECIPES, sources
-from tools.stages import Chain, Stage, megablip, module
+from tools.miniature.chain import FULL, RECIPES, Size, parts, sources, start, trained
+from tools.stages import Chain, Stage, module
 
 # Student's t for a two-sided 95 % interval, by the number of seeds.
 _T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
@@ -44,7 +45,7 @@ class Variant:
     tune: bool = False
 
     @property
-    def folder(self) -> str:
+    def slug(self) -> str:
         return self.name.replace(" ", "_").replace(",", "")
 
 
@@ -107,43 +108,43 @@ ABLATIONS = {
 }
 
 
-def stages(folder: Path, ablation: Ablation, seed: int) -> list[Stage]:
-    """The commands of one seed, in order: parts that all variants share, then variant after variant."""
-    data, tower, tokenizer = (folder / name for name in ("data", "tower", "tokenizer"))
-    chain = [
-        Stage("tower", tower, module("tools.tower", "--out", tower, "--steps", FULL.tower_steps, "--seed", seed),
-              beside=True),
-        Stage("data", data, module("tools.miniature.shards", "--out", data, "--seed", seed)),
-        Stage("tokenizer", tokenizer, module("tokenization", "train", "--input", data / "corpus.txt",
-                                             "--vocab-size", 420, "--chat", "--out", tokenizer)),
-    ]  # fmt: skip
+def stages(folder: Path, name: str, seed: int, size: Size = FULL) -> list[Stage]:
+    """The commands of one seed, in order: parts that all variants share, then variants, two side by side."""
     settings = yaml.safe_load((RECIPES / "model.yaml").read_text())
-    for variant in ablation.variants:
-        own = folder / variant.folder
-        own.mkdir(parents=True, exist_ok=True)
-        changed = settings | {key: value for key, value in variant.model.items() if key != "sampler"}
-        changed["sampler"] = settings["sampler"] | variant.model.get("sampler", {})
-        model_yaml, model = own / "model.yaml", own / "start"
-        model_yaml.write_text(yaml.safe_dump(changed))
-        chain.append(Stage(f"{variant.name}: start", model, megablip(
-            "convert", "init", model, "--tower", tower, "--tokenizer", tokenizer, "--model", model_yaml, "--seed", seed,
-        ), reads=(model_yaml,)))  # fmt: skip
-        for stage in ("pretrain", "sft") if variant.tune else ("pretrain",):
-            recipe, run, export = RECIPES / f"{stage}.yaml", own / stage, own / f"{stage}_model"
-            overrides = [*sources(stage, data / "train"), *(variant.overrides if stage == "pretrain" else ())]
-            chain += [
-                Stage(f"{variant.name}: {stage}", run, megablip(
-                    "train", recipe, f"run_dir={run}", f"model.path={model}", f"seed={seed + 1}", *overrides,
-                ), reads=(recipe,)),
-                Stage(f"{variant.name}: {stage}: convert", export, megablip("convert", "zero-to-hf", run, export)),
-            ]  # fmt: skip
-            model = export
-        asked = [word for task in ablation.tasks for word in ("--task", task)]
-        answers = own / "answers"
-        chain.append(Stage(f"{variant.name}: ask", answers, module(
-            "tools.miniature.asking", model, data / "test", "--out", answers, *asked,
-        )))  # fmt: skip
+    chain = parts(folder, size, seed)
+    lanes = [_variant(folder, name, variant, settings, seed, size) for variant in ABLATIONS[name].variants]
+    for one, other in zip(lanes[::2], lanes[1::2], strict=True):
+        for left, right in zip(one, other, strict=True):
+            chain += [replace(left, beside=True), right]
     return chain
+
+
+def _variant(folder: Path, name: str, variant: Variant, settings: dict[str, Any], seed: int, size: Size) -> list[Stage]:
+    """Start, train, export and ask one variant."""
+    ablation, own, data = ABLATIONS[name], answers(folder, name, variant).parent, folder / "data"
+    own.mkdir(parents=True, exist_ok=True)
+    changed = settings | {key: value for key, value in variant.model.items() if key != "sampler"}
+    changed["sampler"] = settings["sampler"] | variant.model.get("sampler", {})
+    model_yaml = own / "model.yaml"
+    model_yaml.write_text(yaml.safe_dump(changed))
+    model = own / "start"
+    found = [Stage("start", model, start(folder, model, model_yaml, seed), reads=(model_yaml,))]
+    for stage in ("pretrain", "sft") if variant.tune else ("pretrain",):
+        overrides = [*sources(stage, data / "train"), *(variant.overrides if stage == "pretrain" else ())]
+        arguments = [f"model.path={model}", f"seed={seed + 1}", *overrides, *size.overrides[stage], "engine.ranks=1"]
+        found += trained(own / stage, RECIPES / f"{stage}.yaml", arguments)
+        model = own / f"{stage}_model"
+    asked = [word for task in ablation.tasks for word in ("--task", task)]
+    found.append(Stage("ask", own / "answers", module(
+        "tools.miniature.asking", model, data / "test", "--out", own / "answers", "--limit", size.items,
+        "--threads", 1, *asked,
+    )))  # fmt: skip
+    return [replace(stage, name=f"{name}: {variant.name}: {stage.name}") for stage in found]
+
+
+def answers(folder: Path, name: str, variant: Variant) -> Path:
+    """Where the answers of a variant lie, in the folder of a seed."""
+    return folder / name / variant.slug / "answers"
 
 
 def mean_and_half_width(values: list[float]) -> tuple[float, float]:
@@ -153,19 +154,17 @@ def mean_and_half_width(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), _T95[len(values)] * statistics.stdev(values) / len(values) ** 0.5
 
 
-def run_ablation(name: str, folder: Path, seeds: int) -> None:
+def run_ablation(name: str, folder: Path, seeds: int, size: Size) -> None:
     """Train and ask all variants with each seed; print the table."""
     ablation = ABLATIONS[name]
     by_seed: list[dict[str, dict[str, float]]] = []
     for seed in range(seeds):
         home = folder / f"seed_{seed}"
-        Chain(home).run(stages(home, ablation, seed))
-        found = {}
-        for variant in ablation.variants:
-            found[variant.name] = json.loads((home / variant.folder / "answers" / "figures.json").read_text())
-        by_seed.append(found)
-    (folder / "results.json").write_text(json.dumps({"claim": ablation.claim, "seeds": by_seed}, indent=1))
-    table = Table("variant", *ablation.figures, title=f"{ablation.claim} ({seeds} seeds)")
+        Chain(home).run(stages(home, name, seed, size))
+        files = {variant.name: answers(home, name, variant) / "figures.json" for variant in ablation.variants}
+        by_seed.append({variant: json.loads(file.read_text()) for variant, file in files.items()})
+    (folder / f"{name}.json").write_text(json.dumps({"claim": ablation.claim, "seeds": by_seed}, indent=1))
+    table = Table("variant", *ablation.figures, title=f"{ablation.claim} (seeds: {seeds})")
     for variant in ablation.variants:
         cells = []
         for figure in ablation.figures:

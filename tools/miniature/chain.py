@@ -87,19 +87,9 @@ def stages(folder: Path, size: Size, seed: int, split: str = "test") -> list[Sta
     Args:
         split: held-out digits that the questions are drawn with: "test", or "validation" to choose settings.
     """
-    data, tower, tokenizer, start = (folder / name for name in ("data", "tower", "tokenizer", "start"))
-    chain = [
-        Stage("tower", tower, module("tools.tower", "--out", tower, "--steps", size.tower_steps, "--seed", seed),
-              beside=True),
-        Stage("data", data, module("tools.miniature.shards", "--out", data, "--size", size.data, "--seed", seed),
-              reads=tuple(Path(__file__).with_name(f"{name}.py") for name in ("shards", "tasks", "pictures"))),
-        Stage("tokenizer", tokenizer, module("tokenization", "train", "--input", data / "corpus.txt",
-                                             "--vocab-size", 420, "--chat", "--out", tokenizer)),
-        Stage("start", start, megablip("convert", "init", start, "--tower", tower, "--tokenizer", tokenizer,
-                                       "--model", RECIPES / "model.yaml", "--seed", seed),
-              reads=(RECIPES / "model.yaml",)),
-    ]  # fmt: skip
-    model = start
+    data, model = folder / "data", folder / "start"
+    model_yaml = RECIPES / "model.yaml"
+    chain = [*parts(folder, size, seed), Stage("start", model, start(folder, model, model_yaml, seed), (model_yaml,))]
     for stage in STAGES:
         if stage == "dpo":
             pairs = folder / "pairs"
@@ -121,6 +111,25 @@ def stages(folder: Path, size: Size, seed: int, split: str = "test") -> list[Sta
     report = folder / "report"
     command = module("tools.miniature.report", folder, "--split", split, "--out", report)
     return [*chain, Stage("report", report, command)]
+
+
+def parts(folder: Path, size: Size, seed: int) -> list[Stage]:
+    """Tower, data and tokenizer, in folders of those names."""
+    tower, data, tokenizer = (folder / name for name in ("tower", "data", "tokenizer"))
+    return [
+        Stage("tower", tower, module("tools.tower", "--out", tower, "--steps", size.tower_steps, "--seed", seed),
+              beside=True),
+        Stage("data", data, module("tools.miniature.shards", "--out", data, "--size", size.data, "--seed", seed),
+              reads=tuple(Path(__file__).with_name(f"{name}.py") for name in ("shards", "tasks", "pictures"))),
+        Stage("tokenizer", tokenizer, module("tokenization", "train", "--input", data / "corpus.txt",
+                                             "--vocab-size", 420, "--chat", "--out", tokenizer)),
+    ]  # fmt: skip
+
+
+def start(folder: Path, model: Path, model_yaml: Path, seed: int) -> list[str]:
+    """The command that makes a model to start from out of the parts in `folder`."""
+    return megablip("convert", "init", model, "--tower", folder / "tower", "--tokenizer", folder / "tokenizer",
+                    "--model", model_yaml, "--seed", seed)  # fmt: skip
 
 
 def trained(run: Path, recipe: Path, arguments: list[str]) -> list[Stage]:

@@ -131,11 +131,11 @@ class Asker:
     def single(self) -> Exchange:
         """One of the questions about one picture, or about none."""
         makers: list[tuple[float, Callable[[], Exchange]]] = [
-            (0.35, self.read),
-            (0.1, self.count),
-            (0.15, self.largest),
+            (0.3, self.read),
+            (0.07, self.count),
+            (0.13, self.largest),
             (0.1, self.place),
-            (0.2, self.stamp),
+            (0.3, self.stamp),
             (0.1, self.words),
         ]
         shares = np.cumsum([share for share, _ in makers])
