@@ -44,12 +44,14 @@ class Chain:
         self._journal = folder / "stages.json"
         self._asked_to_stop = False
         self._running: list[subprocess.Popen[bytes]] = []
+        self._names: list[str] = []
 
     def run(self, todo: list[Stage]) -> None:
         """Raises SystemExit with the exit code of a stage that fails or stops."""
         self._folder.mkdir(parents=True, exist_ok=True)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
+        self._names = [stage.name for stage in todo]
         began, together = time.monotonic(), []
         upstream = ""
         for stage in todo:
@@ -77,8 +79,9 @@ class Chain:
                 began, together = time.monotonic(), []
 
     def minutes(self) -> float:
-        """Time of all stages, over all attempts."""
-        return sum(stage["seconds"] for stage in self._read().values()) / 60
+        """Time of the stages that were run last, over all attempts."""
+        journal = self._read()
+        return sum(journal[name]["seconds"] for name in self._names) / 60
 
     def _finish(self, stage: Stage, process: subprocess.Popen[bytes], began: float | None) -> None:
         code = process.wait()

@@ -4,7 +4,8 @@
     python -m tools.miniature --tiny          the same path at its smallest, to see that all works
     python -m tools.miniature resolution      one of the paper's comparisons (ablations.py), several seeds
 
-An interrupted one goes on where it was.  The chain's report is FOLDER/report/report.html.
+An interrupted one goes on where it was.  The chain's report is FOLDER/seed_0/report/report.html;
+comparisons with the same seed use its tower and data.
 """
 
 from __future__ import annotations
@@ -36,10 +37,11 @@ def main() -> None:
     size = TINY if arguments.tiny else FULL
     folder = (arguments.folder or Path("runs") / "miniature").resolve()
     if arguments.name != "chain":
-        return run_ablation(arguments.name, folder / "comparisons", arguments.seeds, size)
-    chain = Chain(folder)
-    chain.run(stages(folder, size, arguments.seed, arguments.split))
-    print(f"miniature: {folder / 'report' / 'report.html'} after {chain.minutes():.1f} min")
+        return run_ablation(arguments.name, folder, arguments.seeds, size)
+    home = folder / f"seed_{arguments.seed}"
+    chain = Chain(home)
+    chain.run(stages(home, size, arguments.seed, arguments.split))
+    print(f"miniature: {home / 'report' / 'report.html'} after {chain.minutes():.1f} min")
 
 
 if __name__ == "__main__":

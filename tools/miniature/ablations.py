@@ -4,8 +4,8 @@
 
 Each variant is trained from scratch by the real trainer and asked the same
 held-out questions; FOLDER/NAME.json holds the figures of each seed, and the
-table that is printed their mean and 95 % interval.  All comparisons of a seed
-share its tower and data.  Two variants train side by side, one rank each: that
+table that is printed their mean and 95 % interval.  The chain and all
+comparisons of a seed share its tower and data.  Two variants train side by side, one rank each: that
 is a third faster than one after the other on two ranks.
 """
 

@@ -1,6 +1,6 @@
 """The miniature's claims by the median of several seeds, as a Markdown table.
 
-python -m tools.miniature.medians runs/seed_0 runs/seed_1 runs/seed_2
+python -m tools.miniature.medians runs/miniature/seed_0 runs/miniature/seed_1 runs/miniature/seed_2
 """
 
 from __future__ import annotations

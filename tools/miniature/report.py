@@ -1,6 +1,6 @@
 """One page that shows what each stage of the miniature did.
 
-python -m tools.miniature.report runs/miniature --out runs/miniature/report
+python -m tools.miniature.report runs/miniature/seed_0 --out runs/miniature/seed_0/report
 """
 
 from __future__ import annotations
