@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +28,7 @@ from PIL import Image
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from tools.canvases import CELL, EMPTY, augment, paint
@@ -114,6 +116,16 @@ def make_batch(
     return normalise(torch.from_numpy(np.stack(pixels))), torch.from_numpy(np.stack(classes))
 
 
+class Batches(IterableDataset):
+    """`steps` batches of 64 tiles."""
+
+    def __init__(self, digits: Digits, steps: int, rng: np.random.Generator):
+        self.digits, self.steps, self.rng = digits, steps, rng
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return (make_batch(self.digits, BATCH_TILES, self.rng) for _ in range(self.steps))
+
+
 def normalise(pixels: torch.Tensor) -> torch.Tensor:
     """uint8[n, H, W, 3] to float32[n, 3, H, W] with SigLIP's mean and deviation of 0.5."""
     return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -142,9 +154,10 @@ def train_tower(out: Path, steps: int, seed: int, progress: Progress) -> dict[st
     class_weights[BACKGROUND] = BACKGROUND_WEIGHT
     positions = torch.arange(PATCHES_PER_SIDE**2).repeat(BATCH_TILES)
 
+    # Drawing takes a quarter of a step: in a process beside this one.
+    batches = DataLoader(Batches(digits, steps, rng), batch_size=None, num_workers=1)
     task = progress.add_task("tower", total=steps, loss=math.nan)
-    for _ in range(steps):
-        tiles, classes = make_batch(digits, BATCH_TILES, rng)
+    for tiles, classes in batches:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             features = tower(pixel_values=tiles).last_hidden_state.flatten(0, 1)
             digit_logits, position_logits = heads.digit(features).float(), heads.position(features).float()
