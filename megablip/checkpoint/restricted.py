@@ -382,6 +382,12 @@ class _Machine:
             raise _Refused("its pickle makes a tensor of an unusual type")
         return self._call(rebuild, arguments)
 
+    def _zero_stage(self, kind: Any, name: Any) -> Stub:
+        """Python 3.11.2 writes a member of an enumeration as `getattr(class, name)`, 3.11.7 as `class(value)`."""
+        if kind != _Global(_ZERO_STAGE) or not isinstance(name, str) or name not in _ZERO_STAGES:
+            raise _Refused("its pickle calls builtins.getattr for something else than a stage of ZeRO")
+        return Stub(_ZERO_STAGE, (_ZERO_STAGES.index(name),))
+
     def _device(self, *arguments: Any) -> Stub:
         return Stub("torch.device", arguments)
 
@@ -400,6 +406,8 @@ def _extent(value: Any) -> tuple[int, ...]:
     return value
 
 
+_ZERO_STAGE = "deepspeed.runtime.zero.config.ZeroStageEnum"
+_ZERO_STAGES = ("disabled", "optimizer_states", "gradients", "weights")  # its members, by value
 _FROM_TYPE = "torch._tensor._rebuild_from_type_v2"
 _CALLABLES: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": _Machine._ordered_dict,
@@ -408,12 +416,14 @@ _CALLABLES: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_parameter": _Machine._parameter,
     _FROM_TYPE: _Machine._with_attributes,
     "torch.device": _Machine._device,
+    "builtins.getattr": _Machine._zero_stage,
+    "__builtin__.getattr": _Machine._zero_stage,
 }
 STUBS = frozenset(
     {
         "deepspeed.runtime.fp16.loss_scaler.LossScaler",
         "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
-        "deepspeed.runtime.zero.config.ZeroStageEnum",
+        _ZERO_STAGE,
         "deepspeed.utils.tensor_fragment.fragment_address",
     }
 )

@@ -61,6 +61,16 @@ HOSTILE = {
     "os.system": (pickle.dumps(Runs(os.system, f"touch {MARKER}")), {}, "posix.system"),
     "eval": (pickle.dumps({"module": Runs(eval, f"open('{MARKER}','w')")}), {}, "builtins.eval"),
     "getattr": (pickle.dumps(Runs(getattr, [], "append")), {}, "builtins.getattr"),
+    "getattr of a class": (
+        b"cbuiltins\ngetattr\ncdeepspeed.runtime.zero.config\nZeroStageEnum\n\x8c\x07__bases\x86R.",
+        {},
+        "builtins.getattr",
+    ),
+    "getattr of another class": (
+        b"cbuiltins\ngetattr\ncdeepspeed.utils.tensor_fragment\nfragment_address\n\x8c\x07weights\x86R.",
+        {},
+        "builtins.getattr",
+    ),
     "old opcode INST": (b"(S'touch executed'\nios\nsystem\n.", {}, "instruction STRING"),
     "opcode OBJ": (b"(cos\nsystem\nX\x01\x00\x00\x00ao.", {}, "os.system"),
     "extension registry": (b"\x82\x01.", {}, "instruction EXT1"),
@@ -223,8 +233,15 @@ def test_tensors_stay_on_disk_and_parts_of_them_can_be_read(tmp_path):
         found.flat(990, 1001)
 
 
-def test_objects_of_listed_classes_become_stubs(tmp_path):
-    program = b"cdeepspeed.runtime.zero.config\nZeroStageEnum\nK\x03\x85R."
+@pytest.mark.parametrize(
+    "program",
+    [
+        b"cdeepspeed.runtime.zero.config\nZeroStageEnum\nK\x03\x85R.",
+        # As Python 3.11.2, Debian's, writes it.
+        b"c__builtin__\ngetattr\ncdeepspeed.runtime.zero.config\nZeroStageEnum\n\x8c\x07weights\x86R.",
+    ],
+)
+def test_objects_of_listed_classes_become_stubs(tmp_path, program):
     found = TorchFile(archive(tmp_path / "stub.pt", program)).content
     assert found == Stub("deepspeed.runtime.zero.config.ZeroStageEnum", (3,))
 
