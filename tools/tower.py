@@ -154,7 +154,7 @@ def train_tower(out: Path, steps: int, seed: int, progress: Progress) -> dict[st
     class_weights[BACKGROUND] = BACKGROUND_WEIGHT
     positions = torch.arange(PATCHES_PER_SIDE**2).repeat(BATCH_TILES)
 
-    # Drawing takes a quarter of a step: in a process beside this one.
+    # Drawing would take a good part of each step: a process beside this one does it.
     batches = DataLoader(Batches(digits, steps, rng), batch_size=None, num_workers=1)
     task = progress.add_task("tower", total=steps, loss=math.nan)
     for tiles, classes in batches:

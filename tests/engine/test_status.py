@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from concurrent.futures import ThreadPoolExecutor
 
+import filelock
 import pytest
 
 from megablip.engine import status as module
@@ -91,9 +93,10 @@ def test_attempts_that_begin_at_once_are_all_kept(tmp_path):
     assert sorted(attempt["id"] for attempt in RunStatus(tmp_path).attempts) == sorted(ids)
 
 
-def test_without_locks_it_is_written_all_the_same(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "no locks available"), filelock.Timeout("status.lock")])
+def test_without_locks_it_is_written_all_the_same(tmp_path, monkeypatch, error):
     def refuse(self):
-        raise NotImplementedError
+        raise error
 
     monkeypatch.setattr(module.FileLock, "acquire", refuse)
     RunStatus(tmp_path).begin(ranks=1)

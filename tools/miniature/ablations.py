@@ -44,9 +44,9 @@ class Variant:
     overrides: tuple[str, ...] = ()
     tune: bool = False
 
-    @property
-    def slug(self) -> str:
-        return self.name.replace(" ", "_").replace(",", "")
+    def folder(self, seed: Path, ablation: str) -> Path:
+        """Where all of it lies, in the folder of a seed."""
+        return seed / ablation / self.name.replace(" ", "_").replace(",", "")
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def stages(folder: Path, name: str, seed: int, size: Size = FULL) -> list[Stage]
 
 def _variant(folder: Path, name: str, variant: Variant, settings: dict[str, Any], seed: int, size: Size) -> list[Stage]:
     """Start, train, export and ask one variant."""
-    ablation, own, data = ABLATIONS[name], answers(folder, name, variant).parent, folder / "data"
+    ablation, own, data = ABLATIONS[name], variant.folder(folder, name), folder / "data"
     own.mkdir(parents=True, exist_ok=True)
     changed = settings | {key: value for key, value in variant.model.items() if key != "sampler"}
     changed["sampler"] = settings["sampler"] | variant.model.get("sampler", {})
@@ -142,11 +142,6 @@ def _variant(folder: Path, name: str, variant: Variant, settings: dict[str, Any]
     return [replace(stage, name=f"{name}: {variant.name}: {stage.name}") for stage in found]
 
 
-def answers(folder: Path, name: str, variant: Variant) -> Path:
-    """Where the answers of a variant lie, in the folder of a seed."""
-    return folder / name / variant.slug / "answers"
-
-
 def mean_and_half_width(values: list[float]) -> tuple[float, float]:
     """Mean and half of its 95 % interval by Student's t; of one value the half is not known: nan."""
     if len(values) < 2:
@@ -161,8 +156,8 @@ def run_ablation(name: str, folder: Path, seeds: int, size: Size) -> None:
     for seed in range(seeds):
         home = folder / f"seed_{seed}"
         Chain(home).run(stages(home, name, seed, size))
-        files = {variant.name: answers(home, name, variant) / "figures.json" for variant in ablation.variants}
-        by_seed.append({variant: json.loads(file.read_text()) for variant, file in files.items()})
+        answers = {variant.name: variant.folder(home, name) / "answers" for variant in ablation.variants}
+        by_seed.append({variant: json.loads((at / "figures.json").read_text()) for variant, at in answers.items()})
     (folder / f"{name}.json").write_text(json.dumps({"claim": ablation.claim, "seeds": by_seed}, indent=1))
     table = Table("variant", *ablation.figures, title=f"{ablation.claim} (seeds: {seeds})")
     for variant in ablation.variants:
