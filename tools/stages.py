@@ -14,10 +14,13 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
+POLL_S = 0.1  # how often each of several stages side by side is looked at
+STOPPED = 75  # exit code: the same command goes on
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,10 @@ class Chain:
         began, together = time.monotonic(), []
         upstream = ""
         for stage in todo:
+            if self._asked_to_stop:  # it came as a stage ended well, or before the second of two was started
+                self._finish(together, began)
+                print(f"== stopped before {stage.name}; the same command goes on from here", flush=True)
+                raise SystemExit(STOPPED)
             # A stage counts only as long as what it reads, its command and all before it are the same.
             own = "".join(path.read_text() for path in stage.reads) + shlex.join(stage.command)
             upstream = hashlib.sha256((upstream + own).encode()).hexdigest()
@@ -73,9 +80,7 @@ class Chain:
                 self._running.append(process)
                 together.append((stage, process))
             if not stage.beside:
-                for number, (waiting, process) in enumerate(together, 1):
-                    # Stages side by side share the clock: it counts once, with the last.
-                    self._finish(waiting, process, began if number == len(together) else None)
+                self._finish(together, began)
                 began, together = time.monotonic(), []
 
     def minutes(self) -> float:
@@ -83,17 +88,27 @@ class Chain:
         journal = self._read()
         return sum(journal[name]["seconds"] for name in self._names) / 60
 
-    def _finish(self, stage: Stage, process: subprocess.Popen[bytes], began: float | None) -> None:
-        code = process.wait()
-        journal = self._read()
-        if began is not None:
-            journal[stage.name]["seconds"] += time.monotonic() - began
-        journal[stage.name]["done"] = code == 0
-        self._journal.write_text(json.dumps(journal, indent=1))
-        if self._asked_to_stop and code != 0:
-            print(f"== {stage.name}: stopped; the same command goes on from here", flush=True)
-            raise SystemExit(75)
-        if code != 0:
+    def _finish(self, together: list[tuple[Stage, subprocess.Popen[bytes]]], began: float) -> None:
+        """Wait for stages that run side by side; where one fails the others are stopped, and go on the next time."""
+        waiting, failed = dict(enumerate(together)), None
+        while waiting:
+            for number, (stage, process) in list(waiting.items()):
+                with suppress(subprocess.TimeoutExpired):
+                    code = process.wait(POLL_S)
+                    del waiting[number]
+                    journal = self._read()
+                    if not waiting:  # they share the clock: it counts once, with the last
+                        journal[stage.name]["seconds"] += time.monotonic() - began
+                    journal[stage.name]["done"] = code == 0
+                    self._journal.write_text(json.dumps(journal, indent=1))
+                    if code != 0 and failed is None:
+                        failed = stage, code
+                        self._end_running()
+        if failed and self._asked_to_stop:
+            print(f"== {failed[0].name}: stopped; the same command goes on from here", flush=True)
+            raise SystemExit(STOPPED)
+        if failed:
+            stage, code = failed
             print(f"== {stage.name}: failed with exit code {code}; mend it and start again to go on", flush=True)
             raise SystemExit(code)
 
@@ -105,6 +120,9 @@ class Chain:
 
     def _stop(self, number: int, frame: object) -> None:
         self._asked_to_stop = True
+        self._end_running()
+
+    def _end_running(self) -> None:
         for process in self._running:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)

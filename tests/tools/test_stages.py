@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from dataclasses import replace
 
@@ -45,3 +47,45 @@ def test_a_changed_file_that_a_stage_reads_runs_it_again(tmp_path):
     recipe.write_text("a: 2")
     Chain(tmp_path).run(chain)
     assert (tmp_path / "log").read_text() == "abcbc"
+
+
+def script(tmp_path, name: str, code: str) -> Stage:
+    return Stage(name, tmp_path / f"output-{name}", [sys.executable, "-c", code])
+
+
+@pytest.mark.parametrize("first_fails", [True, False])
+def test_a_stage_beside_one_that_fails_is_stopped_and_run_again(tmp_path, first_fails):
+    ready = tmp_path / "ready"
+    lasting = script(tmp_path, "lasting", f"import pathlib, time; pathlib.Path({str(ready)!r}).touch(); time.sleep(60)")
+    failing = script(
+        tmp_path, "failing",
+        f"import pathlib, time\nwhile not pathlib.Path({str(ready)!r}).exists(): time.sleep(0.01)\nraise SystemExit(3)",
+    )  # fmt: skip
+    pair = [failing, lasting] if first_fails else [lasting, failing]
+    chain = Chain(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        chain.run([replace(pair[0], beside=True), pair[1]])
+    assert stopped.value.code == 3
+    assert all(process.poll() is not None for process in chain._running)
+    journal = json.loads((tmp_path / "stages.json").read_text())
+    assert [journal[name]["done"] for name in ("lasting", "failing")] == [False, False]
+
+
+@pytest.fixture
+def handlers():
+    """The signal handlers as they were."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_stop_that_comes_as_a_stage_ends_well_is_kept(tmp_path):
+    deaf = "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+    ignoring = script(tmp_path, "ignoring", f"{deaf}; os.kill({os.getpid()}, signal.SIGINT); time.sleep(0.3)")
+    with pytest.raises(SystemExit) as stopped:
+        Chain(tmp_path).run([ignoring, mark(tmp_path, "b")])
+    assert stopped.value.code == 75
+    assert not (tmp_path / "log").exists()
+    assert json.loads((tmp_path / "stages.json").read_text())["ignoring"]["done"]
