@@ -33,7 +33,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from launcher.allocation import Allocation, SlurmJob
-from launcher.job import FOLDER, job_number, job_state, run_job, submit_job, write_job
+from launcher.job import FOLDER, job_number, job_state, most_nodes, run_job, submit_job, write_job
 from launcher.profile import load_profile
 from launcher.status import WIDTH
 from launcher.supervise import say
@@ -180,20 +180,29 @@ def find_recipe(name: str) -> Path:
 def write_jobs(chain: Chain, profile: str, nodes: int) -> dict[str, Path]:
     """Write the scripts of the stages that are neither done nor have a job that waits or runs, by name.
 
+    Args:
+        nodes: of each job; a stage that has lanes for fewer ranks gets fewer, and that is told.
+
     Raises:
-        ConfigError: in a recipe or the profile, of whichever stage.
+        ConfigError: in a recipe or the profile, of whichever stage; nothing is written then.
     """
-    scripts, start = {}, None
-    chain.write()
+    todo, start = [], None
     for stage in chain.stages:
         overrides = [*stage.overrides, f"run_dir={json.dumps(str(stage.run_dir))}"]
         if start:
             overrides.append(f"model.path={json.dumps(str(start))}")
         if not (is_done(chain, stage) or job_state(stage.run_dir)):
-            command = ["stage", str(chain.folder), stage.name]
-            name = f"{chain.folder.name}-{stage.name}"
-            scripts[stage.name] = write_job(Path(stage.recipe), overrides, profile, nodes, command=command, name=name)
+            todo.append((stage, overrides, most_nodes(Path(stage.recipe), overrides, profile)))
         start = stage.export
+    scripts = {}
+    chain.write()
+    for stage, overrides, most in todo:
+        if most < nodes:
+            print(f"{stage.name}: on {most} nodes, it has no lanes for the ranks of more", flush=True)
+        scripts[stage.name] = write_job(
+            Path(stage.recipe), overrides, profile, min(nodes, most),
+            command=["stage", str(chain.folder), stage.name], name=f"{chain.folder.name}-{stage.name}",
+        )  # fmt: skip
     return scripts
 
 

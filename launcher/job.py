@@ -10,11 +10,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from launcher.allocation import SlurmError, SlurmJob, show
-from launcher.profile import dump_profile, load_profile
+from launcher.profile import ClusterProfile, dump_profile, load_profile
 from launcher.render import render_job
 from launcher.submit import submit
 from launcher.supervise import Supervisor
-from megablip.config import dump_config, load_config
+from megablip.config import Config, dump_config, load_config
 from megablip.errors import ConfigError
 
 FOLDER, JOB = "launch", "job"
@@ -40,6 +40,32 @@ def write_job(
     Raises:
         ConfigError: in recipe or profile, more ranks than lanes or GPUs, or a folder that can't be written.
     """
+    profile, config = _resolved(recipe, overrides, profile_name, nodes)
+    run_dir = Path(config.run_dir).resolve()
+    script = run_dir / FOLDER / "job.sbatch"
+    command = command or ["supervise", str(run_dir)]
+    text = render_job(profile, name=name or run_dir.name, nodes=nodes, command=command, folder=Path.cwd())
+    try:
+        script.parent.mkdir(parents=True, exist_ok=True)
+        (script.parent / "recipe.yaml").write_text(dump_config(config))
+        (script.parent / "profile.yaml").write_text(dump_profile(profile))
+        script.write_text(text)
+    except OSError as error:
+        raise ConfigError(f"the job can't be written: {error}", where=str(script.parent)) from None
+    return script
+
+
+def most_nodes(recipe: Path, overrides: list[str], profile_name: str) -> int:
+    """Nodes whose ranks a recipe has lanes for.
+
+    Raises:
+        ConfigError: in recipe or profile, or not even one.
+    """
+    _, config = _resolved(recipe, overrides, profile_name, 1)
+    return config.batch.lanes // config.engine.ranks
+
+
+def _resolved(recipe: Path, overrides: list[str], profile_name: str, nodes: int) -> tuple[ClusterProfile, Config]:
     profile = load_profile(profile_name)
     if not any(override.partition("=")[0] == "engine.ranks" for override in overrides):
         overrides = [*overrides, f"engine.ranks={profile.ranks}"]
@@ -56,18 +82,7 @@ def write_job(
             where="batch.lanes",
             remedy=f"ask for at most {max(config.batch.lanes // ranks, 1)} nodes, or begin a run with more lanes",
         )
-    run_dir = Path(config.run_dir).resolve()
-    script = run_dir / FOLDER / "job.sbatch"
-    command = command or ["supervise", str(run_dir)]
-    text = render_job(profile, name=name or run_dir.name, nodes=nodes, command=command, folder=Path.cwd())
-    try:
-        script.parent.mkdir(parents=True, exist_ok=True)
-        (script.parent / "recipe.yaml").write_text(dump_config(config))
-        (script.parent / "profile.yaml").write_text(dump_profile(profile))
-        script.write_text(text)
-    except OSError as error:
-        raise ConfigError(f"the job can't be written: {error}", where=str(script.parent)) from None
-    return script
+    return profile, config
 
 
 def submit_job(script: Path, options: list[str] | tuple[str, ...] = ()) -> int:

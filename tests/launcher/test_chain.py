@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -190,6 +191,23 @@ def test_the_shipped_recipes_make_a_chain(tmp_path, slurm):
         chain = plan_chain(words, tmp_path / form[:4], ASKED, None)
         (tmp_path / "cluster.yaml").write_text("{gpus_per_node: 0, ranks_per_node: 2, time: '2:00:00'}")
         assert len(write_jobs(chain, str(tmp_path / "cluster.yaml"), 2)) == 5
+
+
+def test_a_stage_gets_no_more_nodes_than_it_has_lanes_for(tmp_path, slurm, capsys):
+    """The shipped recipes have 512, 16, 32, 32 and 8 lanes; a node has eight ranks."""
+    chain = plan_chain(["pretrain", "sft", "interleave", "dpo", "safety"], tmp_path / "chain", ASKED, None)
+    scripts = write_jobs(chain, "h100_infiniband", 8)
+    nodes = [re.search(r"--nodes=(\d+)", script.read_text())[1] for script in scripts.values()]
+    assert nodes == ["8", "2", "4", "4", "1"]
+    assert "safety: on 1 nodes" in capsys.readouterr().out
+
+
+def test_nothing_is_written_where_one_stage_can_not_be(recipes, tmp_path, slurm):
+    chain = plan_chain([*recipes, "third:batch.lanes=1"], tmp_path / "chain", [], None)
+    (tmp_path / "cluster.yaml").write_text("{gpus_per_node: 0, ranks_per_node: 2, time: '2:00:00'}")
+    with pytest.raises(ConfigError, match="larger than batch.lanes"):
+        write_jobs(chain, str(tmp_path / "cluster.yaml"), 2)
+    assert not chain.folder.exists()
 
 
 @pytest.mark.parametrize("text", ["reading", "reading=", "writing=a.tar"])
