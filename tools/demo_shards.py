@@ -1,6 +1,6 @@
 """Make the demo's data: webdataset shards of canvases with real handwritten digits.
 
-    python -m tools.demo_shards --out demo/data
+    python -m tools.demo_shards --out runs/demo/data
 
     OUT/train/{ocr,caption,interleaved,text}-%06d.tar   augmented train digits
     OUT/validation/...                                   the same four kinds, validation digits

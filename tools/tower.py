@@ -1,6 +1,6 @@
 """Train the demo's vision tower: a small ViT of SigLIP's shape that reads digits.
 
-    python -m tools.tower --out demo/tower
+    python -m tools.tower --out runs/demo/tower
 
 It stands in for SigLIP's weights, as a frozen encoder whose features are worth
 reading.  It is trained with supervision, which SigLIP is not: each patch names

@@ -3,10 +3,11 @@
     python -m tools.miniature resolution --seeds 3
 
 Each variant is trained from scratch by the real trainer and asked the same
-held-out questions; FOLDER/NAME.json holds the figures of each seed, and the
-table that is printed their mean and 95 % interval.  The chain and all
-comparisons of a seed share its tower and data.  Two variants train side by side, one rank each: that
-is a third faster than one after the other on two ranks.
+held-out questions; FOLDER/NAME.json holds the figures of each seed.  Printed
+are their mean and 95 % interval, and the differences that the claim is about,
+taken seed by seed.  The chain and all comparisons of a seed share its tower and
+data.  Two variants train side by side, one rank each: that is a third faster
+than one after the other on two ranks.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import math
 import statistics
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,24 @@ class Variant:
 
 
 @dataclass(frozen=True)
+class Contrast:
+    """A figure of one variant less that of another.
+
+    Attributes:
+        at_least: what the median over the seeds is to be; None: it is only told.
+    """
+
+    figure: str
+    one: str
+    other: str
+    at_least: float | None = None
+
+    def values(self, seeds: list[dict[str, dict[str, float]]]) -> list[float]:
+        """The difference with each seed, from {variant: {figure: value}} of each."""
+        return [found[self.one][self.figure] - found[self.other][self.figure] for found in seeds]
+
+
+@dataclass(frozen=True)
 class Ablation:
     """Variants, what they are asked, and the claim of the paper that they are about."""
 
@@ -57,35 +77,53 @@ class Ablation:
     variants: tuple[Variant, ...]
     figures: tuple[str, ...]
     tasks: tuple[str, ...]
+    contrasts: tuple[Contrast, ...]
 
 
-# Text-rich pictures alone, and equal tokens seen by all: about 100 core-seconds each.
-_READING = (
-    "duration=900k tokens",
-    "data.sources.1.weight=0.01",
-    "data.sources.2.weight=0.01",
-    "data.sources.3.weight=0.1",
-)
+def _reading(tokens: str) -> tuple[str, ...]:
+    """Text-rich pictures alone, in so many tokens.
+
+    Tokens are chosen for equal compute, about 300 core-seconds: the fewer visual tokens a picture has, the more
+    pictures, and so the more work of the tower, are in a number of tokens.
+    """
+    weights = (f"data.sources.{source}.weight={weight}" for source, weight in enumerate((7, 0.01, 0.01, 0.1)))
+    return (f"duration={tokens} tokens", *weights)
+
+
 _LONG_TEXTS = ("ocr_three_tiles", "ocr_straddling")
-_READ_FIGURES = ("ocr_three_tiles: digits", "ocr_three_tiles", "ocr_straddling: digits")
+_DIGITS, _STRADDLING = "ocr_three_tiles: digits", "ocr_straddling: digits"
+_READ_FIGURES = (_DIGITS, "ocr_three_tiles", _STRADDLING)
+_ASKED = ("read", "largest", "count", "stamp")
+_SCALES = ("300k", "600k", "1.3M", "2.6M")
 
 ABLATIONS = {
     "resolution": Ablation(
         "any resolution, tile by tile, beats fixed sampling and fixed resolution on text-rich images",
         (
-            Variant("any resolution", {}, _READING),
-            Variant("fixed sampling", {"sampler": {"kind": "fixed", "num_latents": 10}}, _READING),
-            Variant("fixed sampling, 40 tokens", {"sampler": {"kind": "fixed", "num_latents": 40}}, _READING),
-            Variant("fixed resolution", {"grids": []}, _READING),
+            Variant("any resolution", {}, _reading("1.5M")),
+            Variant("fixed sampling", {"sampler": {"kind": "fixed", "num_latents": 10}}, _reading("900k")),
+            Variant("fixed sampling, 40 tokens", {"sampler": {"kind": "fixed", "num_latents": 40}}, _reading("1.5M")),
+            Variant("fixed resolution", {"grids": []}, _reading("1.7M")),
         ),
         _READ_FIGURES,
         _LONG_TEXTS,
+        (
+            Contrast(_DIGITS, "any resolution", "fixed sampling", 0.10),
+            Contrast(_DIGITS, "any resolution", "fixed sampling, 40 tokens", 0.10),
+            Contrast(_DIGITS, "any resolution", "fixed resolution", 0.50),
+            Contrast(_STRADDLING, "any resolution", "fixed sampling"),
+        ),
     ),
     "data_scale": Ablation(
         "more tokens help, with diminishing returns",
-        tuple(Variant(tokens, {}, (f"duration={tokens} tokens",)) for tokens in ("300k", "600k", "1.3M", "2.6M")),
-        ("ocr_one_tile", "ocr_three_tiles: digits", "shots 4"),
+        tuple(Variant(tokens, {}, (f"duration={tokens} tokens",)) for tokens in _SCALES),
+        ("ocr_one_tile", _DIGITS, "shots 4"),
         ("ocr_one_tile", "ocr_three_tiles", "shots"),
+        tuple(
+            Contrast(figure, more, fewer, 0.0)
+            for figure in ("ocr_one_tile", _DIGITS, "shots 4")
+            for fewer, more in pairwise(_SCALES)
+        ),
     ),
     "text_diversity": Ablation(
         "documents rich in text help reading, and little else",
@@ -93,8 +131,13 @@ ABLATIONS = {
             Variant("with OCR documents", {}, ("duration=1.3M tokens",)),
             Variant("without", {}, ("duration=1.3M tokens", "data.sources.0.weight=0.01")),
         ),
-        ("ocr_one_tile", "ocr_three_tiles: digits", "shots 4"),
+        ("ocr_one_tile", _DIGITS, "shots 4"),
         ("ocr_one_tile", "ocr_three_tiles", "shots"),
+        (
+            Contrast("ocr_one_tile", "with OCR documents", "without", 0.0),
+            Contrast(_DIGITS, "with OCR documents", "without", 0.0),
+            Contrast("shots 4", "with OCR documents", "without"),
+        ),
     ),
     "instruction": Ablation(
         "a sampler that reads the instruction changes little",
@@ -102,8 +145,9 @@ ABLATIONS = {
             Variant("perceiver", {}, ("duration=1.3M tokens",), tune=True),
             Variant("instruction-aware", {"sampler": {"kind": "instruct"}}, ("duration=1.3M tokens",), tune=True),
         ),
-        ("read", "largest", "count", "stamp"),
-        ("read", "largest", "count", "stamp"),
+        _ASKED,
+        _ASKED,
+        tuple(Contrast(figure, "instruction-aware", "perceiver") for figure in _ASKED),
     ),
 }
 
@@ -150,7 +194,7 @@ def mean_and_half_width(values: list[float]) -> tuple[float, float]:
 
 
 def run_ablation(name: str, folder: Path, seeds: int, size: Size) -> None:
-    """Train and ask all variants with each seed; print the table."""
+    """Train and ask all variants with each seed; print the tables."""
     ablation = ABLATIONS[name]
     by_seed: list[dict[str, dict[str, float]]] = []
     for seed in range(seeds):
@@ -161,9 +205,20 @@ def run_ablation(name: str, folder: Path, seeds: int, size: Size) -> None:
     (folder / f"{name}.json").write_text(json.dumps({"claim": ablation.claim, "seeds": by_seed}, indent=1))
     table = Table("variant", *ablation.figures, title=f"{ablation.claim} (seeds: {seeds})")
     for variant in ablation.variants:
-        cells = []
-        for figure in ablation.figures:
-            mean, half = mean_and_half_width([found[variant.name][figure] for found in by_seed])
-            cells.append(f"{mean:.3f}" + ("" if math.isnan(half) else f" ± {half:.3f}"))
-        table.add_row(variant.name, *cells)
-    Console().print(table)
+        columns = ([found[variant.name][figure] for found in by_seed] for figure in ablation.figures)
+        table.add_row(variant.name, *map(_interval, columns))
+    differences = Table("figure", "of", "less that of", "median", "mean", "goal", "reached", "each seed")
+    for contrast in ablation.contrasts:
+        values, goal = contrast.values(by_seed), contrast.at_least
+        median = statistics.median(values)
+        differences.add_row(
+            contrast.figure, contrast.one, contrast.other, f"{median:+.3f}", _interval(values),
+            *(("", "") if goal is None else (f">= {goal:.2f}", "yes" if median >= goal else "no")),
+            ", ".join(f"{value:+.3f}" for value in values),
+        )  # fmt: skip
+    Console().print(table, differences)
+
+
+def _interval(values: list[float]) -> str:
+    mean, half = mean_and_half_width(values)
+    return f"{mean:.3f}" + ("" if math.isnan(half) else f" ± {half:.3f}")

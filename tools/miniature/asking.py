@@ -1,6 +1,6 @@
 """Ask a model all held-out questions of the miniature.
 
-    python -m tools.miniature.asking MODEL runs/miniature/data/test --out runs/miniature/sft_answers
+    python -m tools.miniature.asking MODEL runs/miniature/seed_0/data/test --out runs/miniature/seed_0/sft_answers
 
 One process asks them all, since loading takes longer than most tasks: OUT/answers.json
 holds every answer, OUT/figures.json what they amount to.
@@ -17,6 +17,7 @@ from typing import Annotated
 import torch
 import typer
 
+from megablip.errors import ConfigError
 from megablip.evaluate.evaluation import SHOTS
 from megablip.evaluate.generation import Answerer, Decoding
 from megablip.evaluate.tasks import (
@@ -37,12 +38,18 @@ DECODING = Decoding(max_new_tokens=40)
 
 
 def all_answers(answerer: Answerer, test: Path, limit: int, tasks: Collection[str] = ()) -> dict[str, list[Answer]]:
-    """The answers of each task, or of some; few-shot captions as `shots 0`, `shots 1`, ..."""
+    """The answers of each task, or of some; few-shot captions as `shots 0`, `shots 1`, ...
+
+    Raises:
+        ConfigError: there are no questions, or none of a task.
+    """
+    there = sorted(path.name.removesuffix("-000000.tar") for path in test.glob("*-000000.tar"))
+    if not there or not set(tasks) <= set(there):
+        missing = ", ".join(sorted(set(tasks) - set(there))) or "any task"
+        remedy = f"there are {', '.join(there)}" if there else "name a folder that tools.miniature.shards has made"
+        raise ConfigError(f"no questions of {missing}", where=str(test), remedy=remedy)
     found = {}
-    for path in sorted(test.glob("*-000000.tar")):
-        task = path.name.removesuffix("-000000.tar")
-        if tasks and task not in tasks:
-            continue
+    for task in [task for task in there if not tasks or task in tasks]:
         shards = str(test / f"{task}-*.tar")
         if task == "shots":
             for shots in SHOTS:

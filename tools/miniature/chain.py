@@ -1,7 +1,7 @@
-"""The chain of all stages in miniature: each starts from the export of the one before, and all are asked the same.
+"""The chain of all stages in miniature: each starts from the export of the one before.
 
-They are asked when all are trained: no stage depends on answers, and two processes side by side use two cores better
-than one with two threads.
+What they made is asked when all are trained: no stage depends on answers, and two processes side by side use two cores
+better than one with two threads.
 """
 
 from __future__ import annotations
@@ -66,7 +66,10 @@ TINY = Size(
 
 
 def sources(stage: str, train: Path) -> list[str]:
-    """Overrides that let a recipe of recipes/mini read the miniature's shards."""
+    """Overrides that let a recipe of recipes/mini read the miniature's shards.
+
+    Pre-training shares its recipe with the demo, which reads shorter documents of other shares.
+    """
     kinds = {
         "pretrain": ("ocr", "caption", "interleaved", "text"),
         "sft": ("single",),
@@ -85,8 +88,10 @@ def stages(folder: Path, size: Size, seed: int, split: str = "test") -> list[Sta
     """The commands, in order.
 
     Args:
-        split: held-out digits that the questions are drawn with: "test", or "validation" to choose settings.
+        split: held-out digits that the questions are drawn with: "test", or "validation" to choose settings, whose
+            answers and report then have it in their names.
     """
+    suffix = "" if split == "test" else f"_{split}"
     data, model = folder / "data", folder / "start"
     model_yaml = RECIPES / "model.yaml"
     chain = [*parts(folder, size, seed), Stage("start", model, start(folder, model, model_yaml, seed), (model_yaml,))]
@@ -104,13 +109,13 @@ def stages(folder: Path, size: Size, seed: int, split: str = "test") -> list[Sta
         chain += trained(folder / stage, RECIPES / f"{stage}.yaml", arguments)
         model = folder / f"{stage}_model"
     for number, (name, tasks) in enumerate(ASKED.items()):
-        answers, questions = folder / f"{name}_answers", [word for task in tasks for word in ("--task", task)]
+        answers, questions = folder / f"{name}_answers{suffix}", [word for task in tasks for word in ("--task", task)]
         command = module("tools.miniature.asking", folder / f"{name}_model", data / split, "--out", answers,
                          "--limit", size.items, "--threads", 1, *questions)  # fmt: skip
-        chain.append(Stage(f"{name}: ask", answers, command, beside=number % 2 == 0))
-    report = folder / "report"
+        chain.append(Stage(f"{name}: ask{suffix}", answers, command, beside=number % 2 == 0))
+    report = folder / f"report{suffix}"
     command = module("tools.miniature.report", folder, "--split", split, "--out", report)
-    return [*chain, Stage("report", report, command)]
+    return [*chain, Stage(report.name, report, command)]
 
 
 def parts(folder: Path, size: Size, seed: int) -> list[Stage]:

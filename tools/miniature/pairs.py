@@ -1,6 +1,6 @@
 """Preference pairs of the miniature: what is true, and what the model itself said wrongly.
 
-    python -m tools.miniature.pairs MODEL --out runs/miniature/pairs
+    python -m tools.miniature.pairs MODEL --out runs/miniature/seed_0/pairs
 
 Half of the pictures have a smudged digit: chosen is the honest answer, rejected
 a drawn answer of the model that names a digit there.  The other half are clean:

@@ -30,8 +30,9 @@ def main(
     split: Annotated[str, typer.Option(help="Of the questions: test or validation.")] = "test",
 ) -> None:
     """Write the miniature's report."""
-    figures = {stage: _json(folder / f"{stage}_answers" / "figures.json") for stage in (*STAGES, CONTROL)}
-    answers = {stage: _json(folder / f"{stage}_answers" / "answers.json") for stage in STAGES}
+    suffix = "" if split == "test" else f"_{split}"
+    figures = {stage: _json(folder / f"{stage}_answers{suffix}" / "figures.json") for stage in (*STAGES, CONTROL)}
+    answers = {stage: _json(folder / f"{stage}_answers{suffix}" / "answers.json") for stage in STAGES}
     found = claims(figures)
     with complete_folder(out, "claims.json") as new:
         (new / "claims.json").write_text(

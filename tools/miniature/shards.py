@@ -1,6 +1,6 @@
 """Shards of all stages of the miniature, in the schemas that the real data sets have.
 
-    python -m tools.miniature.shards --out runs/miniature/data
+    python -m tools.miniature.shards --out runs/miniature/seed_0/data
 
     OUT/train/{ocr,caption,interleaved,text}-%06d.tar    pre-training
     OUT/train/{single,several,safety}-%06d.tar           conversations of the stages after it

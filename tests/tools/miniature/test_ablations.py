@@ -10,7 +10,7 @@ import yaml
 from typer.testing import CliRunner
 
 from megablip.config import Duration, load_config
-from tools.miniature.ablations import ABLATIONS, mean_and_half_width, stages
+from tools.miniature.ablations import ABLATIONS, Contrast, mean_and_half_width, stages
 from tools.miniature.chain import FULL, TINY
 from tools.miniature.claims import Claim
 from tools.miniature.medians import main, medians
@@ -52,6 +52,19 @@ def test_all_comparisons_of_a_seed_share_their_parts(tmp_path):
     shared = [stages(tmp_path, name, 1)[:3] for name in ABLATIONS]
     assert len(list(groupby(shared))) == 1
     assert [stage.name for stage in shared[0]] == ["tower", "data", "tokenizer"]
+
+
+@pytest.mark.parametrize("ablation", ABLATIONS.values(), ids=ABLATIONS)
+def test_contrasts_are_between_variants_and_of_what_is_asked(ablation):
+    names = {variant.name for variant in ablation.variants}
+    for contrast in ablation.contrasts:
+        assert {contrast.one, contrast.other} <= names
+        assert contrast.figure in ablation.figures
+
+
+def test_a_difference_is_taken_seed_by_seed():
+    seeds = [{"a": {"read": 0.9}, "b": {"read": 0.5}}, {"a": {"read": 0.4}, "b": {"read": 0.6}}]
+    assert Contrast("read", "a", "b").values(seeds) == [pytest.approx(0.4), pytest.approx(-0.2)]
 
 
 def test_interval():

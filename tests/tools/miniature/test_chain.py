@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
+import pytest
+
 from megablip.config import load_config
-from tools.miniature.asking import figures
+from megablip.errors import ConfigError
+from tools.miniature.asking import all_answers, figures
 from tools.miniature.chain import ASKED, FULL, STAGES, TINY, stages
 from tools.miniature.claims import CONTROL
 from tools.miniature.shards import held_out_exchanges
@@ -32,8 +35,11 @@ def test_each_stage_starts_from_the_export_of_the_one_before():
 
 def test_choosing_on_validation_digits_changes_questions_alone():
     test, validation = stages(FOLDER, FULL, 0), stages(FOLDER, FULL, 0, "validation")
-    changed = {one.name for one, other in zip(test, validation, strict=True) if one.command != other.command}
-    assert changed == {f"{name}: ask" for name in ASKED} | {"report"}
+    changed = [(one, other) for one, other in zip(test, validation, strict=True) if one.command != other.command]
+    assert {one.name for one, _ in changed} == {f"{name}: ask" for name in ASKED} | {"report"}
+    for one, other in changed:  # and neither takes the other's place
+        assert other.name == f"{one.name}_validation"
+        assert other.output == one.output.with_name(f"{one.output.name}_validation")
     trained = [stage.name for stage in test if not stage.name.endswith(("ask", "report"))]
     assert [stage.name for stage in test][: len(trained)] == trained, "so that what is trained counts as done"
 
@@ -52,3 +58,12 @@ def test_what_is_asked_is_there():
     assert set(held_out_exchanges(Asker(None, None))) == set(CONVERSATIONS)
     assert set(ASKED) == {*STAGES, CONTROL}
     assert figures({}) == {}
+
+
+def test_questions_that_are_not_there_are_named(tmp_path):
+    with pytest.raises(ConfigError, match="no questions of any task"):
+        all_answers(None, tmp_path, 8)
+    (tmp_path / "read-000000.tar").touch()
+    with pytest.raises(ConfigError, match="no questions of reed") as caught:
+        all_answers(None, tmp_path, 8, ["read", "reed"])
+    assert caught.value.remedy == "there are read"
