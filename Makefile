@@ -5,7 +5,7 @@
 #   make miniature   all stages, from pre-training to safety tuning, in miniature; 25 minutes
 #   make test        the tests;  make test-all  adds the slow ones, AREA=tests/faults those of one area
 #   make test-slurm  the tests on a real Slurm of two nodes, which Debian's packages are installed for; needs root
-#   make bench       all benchmarks, side by side with their rivals
+#   make bench       all benchmarks, side by side with their rivals, which are installed in ~/.cache/megablip-bench
 #   make lint        style and formatting
 #
 # Where there is a GPU, plain `pip install torch` brings the right build. To

@@ -51,6 +51,8 @@ from megablip.model.vision import encode_tiles
 
 
 def main() -> None:
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m megablip.train RUN/config.yaml; `megablip train RECIPE` starts the ranks of it")
     stop, guard, clock = StopSignal().install(), None, StartClock()
     try:
         config = load_config(sys.argv[1])

@@ -8,7 +8,7 @@ saving and loading then need to know nothing of stages.
     FlatFragments  ZeRO-1, 2: groups laid end to end, cut into equal pieces
     Partitioned    ZeRO-3, also with offload and hpZ: each parameter cut into equal pieces
 
-Names of DeepSpeed's that are not public are used here and in zero.py only,
+Names of DeepSpeed's that are not public are used here, in zero.py and startup.py only,
 each covered by tests/distributed/test_matrix.py.
 """
 

@@ -1,7 +1,4 @@
-"""What makes a rank start fast.
-
-Split off zero.py: two of DeepSpeed's private names stand here, each pinned by a test.
-"""
+"""What makes a rank start fast; two of DeepSpeed's private names are used here, each pinned by a test."""
 
 from __future__ import annotations
 

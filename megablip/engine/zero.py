@@ -2,8 +2,8 @@
 
 Strategies are files of ds_configs/ (ds_config.py says what is refused, and
 why); layouts.py knows where each stage keeps weights and moments. Names of
-DeepSpeed's that are not public are used in these two files only, each covered
-by a test; the supported range of versions stands in setup.cfg.
+DeepSpeed's that are not public are used in these two files and startup.py only,
+each covered by a test; the supported range of versions stands in setup.cfg.
 """
 
 from __future__ import annotations

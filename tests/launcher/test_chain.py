@@ -205,7 +205,7 @@ def test_a_stage_gets_no_more_nodes_than_it_has_lanes_for(tmp_path, slurm, capsy
 def test_nothing_is_written_where_one_stage_can_not_be(recipes, tmp_path, slurm):
     chain = plan_chain([*recipes, "third:batch.lanes=1"], tmp_path / "chain", [], None)
     (tmp_path / "cluster.yaml").write_text("{gpus_per_node: 0, ranks_per_node: 2, time: '2:00:00'}")
-    with pytest.raises(ConfigError, match="larger than batch.lanes"):
+    with pytest.raises(ConfigError, match=r"larger than batch\.lanes"):
         write_jobs(chain, str(tmp_path / "cluster.yaml"), 2)
     assert not chain.folder.exists()
 
