@@ -17,12 +17,15 @@ import pytest
 from PIL import Image as PILImage
 from PIL import PngImagePlugin
 
-from megablip.config import SourceConfig
+from megablip.config import SourceConfig, parse_config
 from megablip.data.collate import collate, lay_out
 from megablip.data.encode import Encoder, cut_piece, segments_of
+from megablip.data.lanes import LaneState
+from megablip.data.loader import Loader
 from megablip.data.schemas import SCHEMAS
 from megablip.errors import SampleError
 from megablip.records import IGNORE_LABEL, Document, Image, MicroBatch, PlannedSequence, Text
+from tests.data.builders import write_tar
 from tests.data.small import LAYOUT, image, write_tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
@@ -235,6 +238,52 @@ def test_a_hostile_sample_is_refused_or_harmless(encoder, name):
     assert "key k" in caught.value.where
     line = str(caught.value)
     assert len(line.encode()) < 2000  # it is written to quarantine.jsonl
+
+
+def test_in_a_run_every_bad_sample_is_told_and_every_good_one_arrives(tmp_path):
+    """The above in shards, a source for each schema but pairs', among good samples; through planner and workers."""
+    numbers = {
+        name: number for number, (name, (of, members)) in enumerate(SAMPLES.items()) if members and of != "preference"
+    }
+    sources = []
+    for schema in sorted({SAMPLES[name][0] for name in numbers}):
+        shard = [{"__key__": b"%d" % n} | SAMPLES[name][1] for name, n in numbers.items() if SAMPLES[name][0] == schema]
+        path = write_tar(tmp_path / f"{schema}.tar", shard)
+        sources.append({"name": schema, "shards": str(path), "schema": schema, "weight": 1})
+    good = [{"__key__": b"good%d" % number, "txt": b"a dog"} for number in range(100)]
+    path = write_tar(tmp_path / "good.tar", good)
+    sources.append({"name": "good", "shards": str(path), "schema": "text", "weight": 1})
+    raw = {
+        "stage": "pretrain",
+        "run_dir": str(tmp_path / "run"),
+        "duration": "1 epochs",
+        "model": {"path": "unused"},
+        "optimizer": {"lr": 1e-3},
+        "data": {
+            "sources": sources,
+            "sequence_length": 4096,
+            "max_tiles": 24,
+            "packing_buffer": 8,
+            "decode_workers": 2,
+        },
+        "batch": {"lanes": 2},
+    }
+    keys, skips, ended = set(), [], False
+    with Loader(parse_config(raw, "test"), str(write_tokenizer(tmp_path)), LAYOUT, 0, 1, None) as loader:
+        while not ended:
+            batch = next(loader)
+            for micro_batch in batch.micro_batches:
+                keys |= set(micro_batch.keys) - {""}
+            skips += batch.skipped
+            ended = all(LaneState(state).is_dry for state in batch.lane_states.values())
+    too_long = {"a long word", "one image a thousand times", "mentions without end"}  # dropped, and counted
+    assert batch.samples_dropped == len(too_long)
+    sane = {f"{numbers[name]}" for name in SANE - too_long}
+    assert keys == sane | {f"good{number}" for number in range(100)}
+    bad = sorted(f"{number}" for name, number in numbers.items() if name not in SANE)
+    assert sorted(skip.key for skip in skips) == bad
+    told = (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()
+    assert sorted(json.loads(line)["key"] for line in told) == bad
 
 
 def test_image_bombs_need_little_memory():

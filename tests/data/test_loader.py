@@ -210,7 +210,7 @@ def test_resuming_gives_the_same_batches(data, tmp_path, reference, step, world,
     assert skipped == [set(batch.skipped) for batch in reference[0][step:]]
 
 
-def test_resuming_anywhere_at_any_world_size(data, tmp_path):
+def test_resuming_anywhere_at_any_number_of_ranks_and_workers(data, tmp_path):
     """Sources small enough for several epochs, bad samples, and documents that are cut over sequences."""
     books = [{"__key__": b"b%02d" % n, "txt": b"some words " * (3 + n * n)} for n in range(9)]
     write_tar(tmp_path / "books.tar", books)
@@ -225,8 +225,11 @@ def test_resuming_anywhere_at_any_world_size(data, tmp_path):
     assert straight[-1].samples_drawn.min() > 2 * 9  # the books are in their third epoch
     for step in rng.choice(np.arange(1, steps), 20, replace=False).tolist():
         world = int(rng.choice([1, 2, 3, 4, 8]))
-        ranks = take(1, data, tmp_path, world, straight[step - 1].lane_states, step, **changes)
-        assert global_batches(ranks, 8, 1) == expected[step : step + 1], f"step {step} on {world} ranks"
+        workers = int(rng.integers(4)) if world < 3 else 0  # more processes would take long here
+        own = changes | {"data__decode_workers": workers}
+        ranks = take(1, data, tmp_path, world, straight[step - 1].lane_states, step, **own)
+        where = f"step {step} on {world} ranks with {workers} workers each"
+        assert global_batches(ranks, 8, 1) == expected[step : step + 1], where
         skipped = {skip for rank in ranks for skip in rank[0].skipped}
         assert skipped == set(straight[step].skipped)
 
