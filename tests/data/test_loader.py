@@ -225,7 +225,7 @@ def test_resuming_anywhere_at_any_number_of_ranks_and_workers(data, tmp_path):
     assert straight[-1].samples_drawn.min() > 2 * 9  # the books are in their third epoch
     for step in rng.choice(np.arange(1, steps), 20, replace=False).tolist():
         world = int(rng.choice([1, 2, 3, 4, 8]))
-        workers = int(rng.integers(4)) if world < 3 else 0  # more processes would take long here
+        workers = int(rng.integers(4)) if world == 1 else 0  # more processes would take long
         own = changes | {"data__decode_workers": workers}
         ranks = take(1, data, tmp_path, world, straight[step - 1].lane_states, step, **own)
         where = f"step {step} on {world} ranks with {workers} workers each"
