@@ -204,7 +204,7 @@ def build_index(path: str, file: BinaryIO) -> ShardIndex:
 
 def _is_text(found: Walk) -> bool:
     """Whether the fields of a line can be told apart by spaces."""
-    return all(extension and len(name.split()) == 1 for sample in found.samples for extension, _, _, name in sample)
+    return all(extension and name.split() == [name] for sample in found.samples for extension, _, _, name in sample)
 
 
 def _write_index(path: str, found: Walk) -> bool:
@@ -214,7 +214,9 @@ def _write_index(path: str, found: Walk) -> bool:
         with suppress(FileNotFoundError), open(path, "rb") as file:
             if file.read(2) not in (b"v1", b""):
                 return False
-        descriptor, temporary = tempfile.mkstemp(prefix=".", suffix=".idx.tmp", dir=os.path.dirname(path) or ".")
+        folder, name = os.path.split(path)
+        # It begins like the index, so that a cache knows whose it is.
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{name[:40]}", suffix=".idx.tmp", dir=folder or ".")
     except OSError:
         return False  # a read-only folder: the index is only a cache
     try:
@@ -223,9 +225,10 @@ def _write_index(path: str, found: Walk) -> bool:
         os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide the index from other users of the shards
         os.replace(temporary, path)
     except BaseException as error:
-        os.unlink(temporary)
+        with suppress(OSError):
+            os.unlink(temporary)
         if isinstance(error, OSError):
-            return False  # a full disk
+            return False  # a full disk, or somebody removed the temporary file
         raise
     return True
 

@@ -185,10 +185,12 @@ def test_extensions_in_any_script(tmp_path):
     assert [member[0] for member in load(path).sample(0)[1]] == ["İ".lower(), "äpng"]
 
 
-def test_a_name_that_no_line_can_hold_is_indexed_in_memory(tmp_path):
-    path = write_tar(tmp_path / "a.tar", [{"__key__": b"with space", "txt": b"1"}, {"__key__": b"a\nb", "txt": b"2"}])
+@pytest.mark.parametrize("name", ["with space.txt", "a\nb.txt", " b.txt", "b.txt ", "b\t.txt", "b.x\u2028"])
+def test_a_name_that_no_line_can_hold_is_indexed_in_memory(tmp_path, name):
+    path = tmp_path / "a.tar"
+    path.write_bytes(b"".join(raw_member(member.encode(), b"1") for member in ("a.txt", name, "c.txt")) + bytes(1024))
     found = build(path)
-    assert [key for key, _ in samples(found)] == ["with space", "a\nb"]
+    assert [members[0][3] for _, members in samples(found)] == ["a.txt", name, "c.txt"]
     assert found.unsaved_bytes
     assert not (tmp_path / "a.idx").exists()
 
@@ -209,6 +211,21 @@ def test_a_full_disk_is_indexed_in_memory(small_disk):
         (small_disk / "rest").write_bytes(bytes(2 << 20))
     assert build(shard).unsaved_bytes
     assert sorted(os.listdir(small_disk)) == ["a.tar", "rest"]
+
+
+def test_a_temporary_file_that_somebody_removes_is_no_error(shard, monkeypatch):
+    """As one who makes room in a cache may."""
+    replace = os.replace
+
+    def remove_first(source, target):
+        os.unlink(source)
+        replace(source, target)
+
+    monkeypatch.setattr(index.os, "replace", remove_first)
+    found = build(shard)
+    assert len(found) == 150
+    assert found.unsaved_bytes
+    assert os.listdir(shard.parent) == ["part-000.tar"]
 
 
 def test_a_file_of_another_format_is_not_overwritten(shard):
