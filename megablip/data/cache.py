@@ -3,8 +3,11 @@
 The processes of a node, of all its ranks, share one folder of copies.  A copy is
 made by one of them while the others wait for its lock, under a temporary name, and
 appears when it is whole.  Together the copies take a bounded number of bytes: the
-one that was used longest ago goes first.  Who has it open keeps it, as Linux does
-with files that lose their name.
+one that was used longest ago goes first.  Who has it open keeps it, and its bytes
+on the disk, as Linux does with files that lose their name.
+
+All files of a shard begin with the same 24 hexadecimal digits, and so does its lock:
+who makes one of them holds it.  Other files in the folder are nobody's business.
 """
 
 from __future__ import annotations
@@ -30,6 +33,8 @@ RETRY_S = 1.0  # before the second attempt; twice as long before each further on
 WAIT_S = 0.2  # until a cache that is full of unfinished copies is looked at again
 CHUNK_BYTES = 8 << 20  # copied at a time
 
+_OURS = re.compile(r"\.?([0-9a-f]{24})-.*", re.DOTALL)  # names of copies, indexes, and those being made
+_UNFINISHED = (".part", ".idx.tmp")  # the latter is an index that is being written
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp", "az": "adlfs"}
 _DONT_RETRY = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
 
@@ -98,8 +103,10 @@ class ShardCache:
     """Copies of remote shards and of their indexes, in a folder of this node.
 
     Args:
-        folder: made if it is not there; for copies alone.
-        limit_bytes: what the copies may take together. Should hold several shards of each rank.
+        folder: made if it is not there; files of others in it are neither counted nor touched.
+        limit_bytes: what copies and indexes may take together. An index that is made here, a thousandth of its shard
+            or so, is counted from the next copy on. A copy that was removed while somebody had it open takes its
+            bytes until it is closed.
     """
 
     def __init__(self, folder: str | Path, limit_bytes: int):
@@ -137,39 +144,40 @@ class ShardCache:
             ShardError: the shard does not exist, can't be copied, or is larger than the cache.
         """
         size, path = self.size(url), self.path(url)
-        with self._lock(path):
-            with suppress(FileNotFoundError):
-                if os.stat(path).st_size == size:
-                    os.utime(path)  # used now
-                    return open(path, "rb", buffering=0)
-                _remove(path)  # the remote shard changed since
-                _remove(index_path(path))
-            return self._download(url, path, size)
+        with self.lock(url):
+            return self._guarded(url, lambda: _open_copy(path, size)) or self._download(url, path, size)
 
     def fetch_index(self, url: str) -> None:
         """Copy the index that lies beside a remote shard, if there is one."""
-        path = self.path(url)
-        remote, local = index_path(url), index_path(path)
-        with self._lock(path):
-            if os.path.exists(local):
-                os.utime(local)
+        remote, local = index_path(url), index_path(self.path(url))
+        with self.lock(url):
+            if self._guarded(url, lambda: _touch(local)):
                 return
             filesystem, name = _filesystem(remote)
-            with suppress(FileNotFoundError):  # then it is made from the shard
-                size = _retried(remote, lambda: filesystem.info(name)["size"])
-                if size is not None and size <= self.size(url):
-                    self._download(remote, local, size).close()
 
-    # --- files ----------------------------------------------------------------
+            def size_of() -> int | None:
+                # S3 says "forbidden" of what is not there to who may not list. The index is then made from the shard.
+                with suppress(FileNotFoundError, PermissionError):
+                    return filesystem.info(name)["size"]
+                return None
 
-    def _lock(self, path: str) -> AbstractContextManager:
-        """Hold the lock of a copy while in the context."""
+            size = _retried(remote, size_of)
+            if size is not None and size <= self.size(url):
+                self._download(remote, local, size).close()
+
+    def lock(self, url: str) -> AbstractContextManager:
+        """To be held while a file of a shard is made: without it, what is unfinished is taken for abandoned."""
 
         def acquire() -> AbstractContextManager:
             self._folder.mkdir(parents=True, exist_ok=True)
-            return FileLock(path + ".lock").acquire()
+            return self._lock_of(os.path.basename(self.path(url))).acquire()
 
-        return self._guarded(path, acquire)
+        return self._guarded(url, acquire)
+
+    # --- files ----------------------------------------------------------------
+
+    def _lock_of(self, name: str) -> FileLock:
+        return FileLock(self._folder / f"{_OURS.fullmatch(name)[1]}.lock")
 
     def _download(self, url: str, path: str, size: int) -> BinaryIO:
         """Copy a remote file and open the copy, before another process can remove it; the caller holds the lock."""
@@ -183,6 +191,7 @@ class ShardCache:
             if copied != size or os.stat(part).st_size != size:
                 raise OSError(f"{copied} bytes came of {size}")
 
+        self._guarded(url, lambda: self._remove_unfinished(os.path.basename(path)))
         self._reserve(url, part, size)
         try:
             _retried(url, copy)
@@ -194,6 +203,13 @@ class ShardCache:
         finally:
             _remove(part)
 
+    def _remove_unfinished(self, name: str) -> None:
+        """Remove what a killed process left of a shard. The caller has its lock, so `_evict` would wait for it."""
+        for entry in os.scandir(self._folder):
+            match = _OURS.fullmatch(entry.name)
+            if match and match[1] == _OURS.fullmatch(name)[1] and entry.name.endswith(_UNFINISHED):
+                _remove(entry.path)
+
     def _reserve(self, url: str, part: str, size: int) -> None:
         """Make a file of the size of the one to come, and room for it: others being copied are waited for."""
         if size > self._limit:
@@ -203,31 +219,36 @@ class ShardCache:
                 remedy="raise data.cache_bytes",
             )
         while True:
-            with FileLock(self._folder / "evict.lock"):
-                if self._evict(self._limit - size):
-                    self._guarded(url, lambda: _make_sized(part, size))
-                    return
+            if self._guarded(url, lambda: self._make_room(part, size)):
+                return
             time.sleep(WAIT_S)
+
+    def _make_room(self, part: str, size: int) -> bool:
+        """Reserve `size` bytes, if what is being copied leaves so many."""
+        with FileLock(self._folder / "megablip-evict.lock"):
+            is_room = self._evict(self._limit - size)
+            if is_room:
+                _make_sized(part, size)
+            return is_room
 
     def _evict(self, limit_bytes: int) -> bool:
         """Remove copies, the least recently used first, until the rest takes `limit_bytes` at most; if it does so."""
         files = []
         for entry in os.scandir(self._folder):
             with suppress(FileNotFoundError):
-                if not entry.name.endswith(".lock"):
-                    files.append((entry.stat().st_mtime_ns, entry.stat().st_size, entry.path))
+                if _OURS.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                    files.append((entry.stat().st_mtime_ns, entry.stat().st_size, entry.name))
         total = sum(size for _, size, _ in files)
-        for _, size, path in sorted(files):
-            if total > limit_bytes and (not path.endswith(".part") or self._is_abandoned(path)):
-                _remove(path)
+        for _, size, name in sorted(files):
+            if total > limit_bytes and (not name.endswith(_UNFINISHED) or self._is_abandoned(name)):
+                _remove(str(self._folder / name))
                 total -= size
         return total <= limit_bytes
 
-    def _is_abandoned(self, part: str) -> bool:
-        """Whether who was making a copy is gone, and its lock with it."""
-        lock = FileLock(part.removesuffix(".part") + ".lock")
+    def _is_abandoned(self, name: str) -> bool:
+        """Whether who was making a file is gone, and its lock with it."""
         try:
-            with lock.acquire(timeout=0):
+            with self._lock_of(name).acquire(timeout=0):
                 return True
         except Timeout:
             return False
@@ -241,6 +262,25 @@ class ShardCache:
                 where=f"{where}, cache {self._folder}",
                 remedy="set data.cache_dir to a folder of this node with room for data.cache_bytes",
             ) from None
+
+
+def _open_copy(path: str, size: int) -> BinaryIO | None:
+    """The copy, used now; None if there is none of this size."""
+    with suppress(FileNotFoundError):
+        if os.stat(path).st_size == size:
+            os.utime(path)
+            return open(path, "rb", buffering=0)
+        _remove(path)  # the remote shard changed since
+        _remove(index_path(path))
+    return None
+
+
+def _touch(path: str) -> bool:
+    """Note that a file is used now; False if there is none."""
+    with suppress(FileNotFoundError):
+        os.utime(path)
+        return True
+    return False
 
 
 def _remove(path: str) -> None:

@@ -11,6 +11,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import cached_property
 from typing import BinaryIO, NamedTuple
 
@@ -31,7 +32,8 @@ from megablip.data.tar import BLOCK_BYTES, Damage, Member, is_header_of
 from megablip.errors import SampleError, ShardError
 
 MAX_MEMBER_BYTES = 256 << 20  # a larger member is a bad sample: what is read must fit in memory
-OPEN_SHARDS = 64  # shards whose files and line table stay open
+OPEN_SHARDS = 64  # local shards of a source whose files and line table stay open
+OPEN_REMOTE_SHARDS = 2  # as many copies of remote ones: they take disk space even if the cache has removed them
 IN_MEMORY_BYTES = 256 << 20  # of indexes that can't be files
 INDEX_JOBS = 8  # processes that index shards: a node has several ranks
 COPIES_AT_A_TIME = 8  # remote indexes, or shards that have none
@@ -109,7 +111,8 @@ class _OpenShard(NamedTuple):
 class ShardSource:
     """The samples of a data source: a list of shards, read by (shard, sample).
 
-    Only the shards in use are open, and 9 bytes are kept of each of the others.
+    Only the shards used last are open, and 9 bytes are kept of each of the others.  To open a copy of a remote shard
+    again takes a millisecond; where the cache has removed it, it is fetched again.
 
     Args:
         name: names the source in errors.
@@ -156,8 +159,9 @@ class ShardSource:
             ShardError: as `counts`.
         """
         if not self._counts[shard]:
-            if self._remote[shard]:
-                self._remember(shard, self._count_remote(shard))
+            count = self._count_by_index(shard) if self._remote[shard] else None
+            if count:
+                self._remember(shard, count)
             else:
                 self._shard(shard)
         return int(self._counts[shard])
@@ -273,21 +277,32 @@ class ShardSource:
         return self._cache.path(self.paths[shard]) if self._remote[shard] else self.paths[shard]
 
     def _count_remote(self, shard: int) -> int:
-        """Samples of a remote shard, by the index beside it if there is one: then the shard is not fetched."""
+        """Samples of a remote shard; it is fetched if its index is not enough."""
+        count = self._count_by_index(shard)
+        if not count:
+            opened = self._open_one(shard)
+            opened.close()
+            count = len(opened.index)
+        return count
+
+    def _count_by_index(self, shard: int) -> int | None:
+        """Samples of a remote shard by the index beside it; None if there is none.
+
+        Nor is one by DALI enough: it does not say of how large a shard it is, so the shard is fetched to be counted.
+        """
         url = self.paths[shard]
         self._cache.fetch_index(url)
         head = read_head(self._cache.path(url))
-        if head and head.size_bytes == self._cache.size(url):
-            return head.samples
-        opened = self._open_one(shard)
-        opened.close()
-        return len(opened.index)
+        return head.samples if head and head.size_bytes == self._cache.size(url) else None
 
     def _shard(self, shard: int) -> _OpenShard:
         opened = self._open.get(shard)
         if opened:
             self._open.move_to_end(shard)
             return opened
+        alike = [other for other in self._open if self._remote[other] == self._remote[shard]]
+        while len(alike) >= (OPEN_REMOTE_SHARDS if self._remote[shard] else OPEN_SHARDS):
+            self._open.pop(alike.pop(0)).close()
         opened = self._open_one(shard)
         try:
             self._remember(shard, len(opened.index))
@@ -295,8 +310,6 @@ class ShardSource:
             opened.close()
             raise
         self._open[shard] = opened
-        if len(self._open) > OPEN_SHARDS:
-            self._close_oldest()
         if opened.index.unsaved_bytes:
             self._in_memory[shard] = opened.index
             while len(self._in_memory) > 1 and sum(i.unsaved_bytes for i in self._in_memory.values()) > IN_MEMORY_BYTES:
@@ -307,7 +320,11 @@ class ShardSource:
         path = self._local_path(shard)
         file = self._cache.open(self.paths[shard]) if self._remote[shard] else open_shard(path)
         try:
-            return _OpenShard(file, self._in_memory.get(shard) or load_index(path, file) or build_index(path, file))
+            index = self._in_memory.get(shard) or load_index(path, file)
+            if index is None:
+                with self._cache.lock(self.paths[shard]) if self._remote[shard] else nullcontext():
+                    index = load_index(path, file) or build_index(path, file)
+            return _OpenShard(file, index)
         except ShardError as error:
             file.close()
             if not self._remote[shard]:

@@ -83,6 +83,22 @@ def test_indexes_come_along_and_are_not_needed(cache, store):
     assert cache.path(url("a")).endswith("-a.tar")
 
 
+def test_an_index_that_is_forbidden_is_not_needed(cache, store, monkeypatch):
+    """S3 says so of a missing one to who may not list."""
+    whole, asked = type(store).info, []
+
+    def forbid(self, path, **kwargs):
+        asked.append(path)
+        if path.endswith(".idx"):
+            raise PermissionError("Forbidden")
+        return whole(self, path, **kwargs)
+
+    monkeypatch.setattr(type(store), "info", forbid)
+    cache.fetch_index(url("a"))
+    assert len(asked) == 1
+    assert copies(cache) == {}
+
+
 def test_an_index_larger_than_its_shard_is_not_copied(cache, store):
     store.pipe("/store/a.idx", b"v" * (SIZE + 1))
     cache.fetch_index(url("a"))
@@ -184,19 +200,58 @@ def test_a_full_disk_is_named(small_disk, store):
 
 def test_the_rest_of_a_killed_copy_makes_room(cache, store):
     cache._folder.mkdir()
-    (cache._folder / "dead-x.tar.part").write_bytes(bytes(3 * SIZE))
+    for name in (f"{'0' * 24}-x.tar.part", f".{'1' * 24}-x.idxab_cdefg.idx.tmp"):
+        (cache._folder / name).write_bytes(bytes(3 * SIZE))
     assert read(cache, "a") == b"a" * SIZE
     assert copies(cache) == {"a.tar": SIZE}
 
 
-def test_a_cache_full_of_copies_being_made_is_waited_for(cache, store):
+@pytest.mark.parametrize("rest", ["{}.part", ".{}12345678.idx.tmp"])
+def test_the_rest_of_its_own_killed_copy_is_not_waited_for(cache, store, rest):
+    cache._folder.mkdir()
+    name = os.path.basename(cache.path(url("a")))
+    (cache._folder / rest.format(name)).write_bytes(bytes(3 * SIZE))
+    reader = threading.Thread(target=read, args=(cache, "a"), daemon=True)
+    reader.start()
+    reader.join(30)
+    assert not reader.is_alive()
+    assert copies(cache) == {"a.tar": SIZE}
+
+
+def test_files_of_others_are_neither_touched_nor_counted(cache, store, tmp_path):
+    """A folder that the user has other things in may be given."""
+    (cache._folder / "photos").mkdir(parents=True)
+    (cache._folder / ("0" * 24 + "-folder.tar")).mkdir()
+    (tmp_path / "elsewhere").write_bytes(b"mine")
+    (cache._folder / ("1" * 24 + "-link.tar")).symlink_to(tmp_path / "elsewhere")
+    for name in ("thesis.docx", "a.tar", "a.tar.part", ".a.idx.tmp", "evict.lock", "photos/1.jpg"):
+        (cache._folder / name).write_bytes(bytes(9 * SIZE))
+    before = set(cache._folder.rglob("*"))
+    for letter in "abcde":
+        assert read(cache, letter) == letter.encode() * SIZE
+    assert set(cache._folder.rglob("*")) >= before
+    assert (cache._folder / "evict.lock").stat().st_size == 9 * SIZE
+    ours = [path for path in cache._folder.glob("*.tar") if path not in before]
+    assert len(ours) == 3
+
+
+def test_a_folder_in_the_place_of_a_copy_is_named(cache, store):
+    os.makedirs(cache.path(url("a")))
+    with pytest.raises(ShardError, match="cache of shards can't be written") as caught:
+        cache.open(url("a"))
+    assert url("a") in caught.value.where
+
+
+@pytest.mark.parametrize("unfinished", ["-x.tar.part", "-x.idx.part", "-x.idx12345678.idx.tmp"])
+def test_a_cache_full_of_copies_being_made_is_waited_for(cache, store, unfinished):
     """And what another process copies is not removed."""
     cache._folder.mkdir()
-    part = cache._folder / "live-x.tar.part"
+    part = cache._folder / ("0" * 24 + unfinished)
+    if unfinished.endswith(".tmp"):
+        part = part.with_name("." + part.name)
     part.write_bytes(bytes(3 * SIZE))
     script = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); input()"
-    lock = str(part).removesuffix(".part") + ".lock"
-    command = [sys.executable, "-c", script, lock]
+    command = [sys.executable, "-c", script, str(cache._folder / ("0" * 24 + ".lock"))]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
         reader = threading.Thread(target=read, args=(cache, "a"))
@@ -230,7 +285,7 @@ def test_several_processes_share_a_bounded_cache(tmp_path):
     most = 0
     while any(process.poll() is None for process in processes):
         if folder.exists():  # under the lock, as nothing is added meanwhile
-            with cache_module.FileLock(folder / "evict.lock"):
+            with cache_module.FileLock(folder / "megablip-evict.lock"):
                 most = max(most, sum(copies(ShardCache(folder, limit)).values()))
         time.sleep(0.002)
     assert [process.returncode for process in processes] == [0] * 5

@@ -222,6 +222,52 @@ def test_remote_shards_are_read_through_the_cache(remote):
     assert source.where(3, 0)[0] == urls[3]
 
 
+def test_few_copies_stay_open_after_the_cache_removed_them(remote):
+    """Else they would take disk space that nothing bounds."""
+    urls, cache = remote
+    source = ShardSource("test", urls, cache=cache)
+    for shard in (*range(10), *range(10)):
+        assert source.read(shard, 0)[1]["txt"] == b"%d" % shard
+        assert len([name for name in open_files() if str(cache._folder) in name]) <= shards.OPEN_REMOTE_SHARDS
+    assert source.count(9) == 10
+
+
+def test_a_copy_that_is_still_there_is_opened_again_without_a_fetch(remote, monkeypatch):
+    urls, cache = remote
+    source = ShardSource("test", urls[:3], cache=cache)
+    for shard in range(3):
+        source.read(shard, 0)
+    monkeypatch.setattr(cache, "_download", lambda *_: pytest.fail("fetched again"))
+    monkeypatch.setattr(shards, "build_index", lambda *_: pytest.fail("indexed again"))
+    for shard in (0, 1, 2, 0, 2, 1):
+        assert source.read(shard, 0)[1]["txt"] == b"%d" % shard
+
+
+def test_local_shards_stay_open_beside_remote_ones(remote, monkeypatch):
+    urls, cache = remote
+    monkeypatch.setattr(shards, "OPEN_SHARDS", 3)
+    paths = [url.removeprefix("file://") for url in urls]
+    source = ShardSource("test", [*paths[:5], *urls[5:]], cache=cache)
+    for shard in range(10):
+        source.read(shard, 0)
+    assert list(source._open) == [2, 3, 4, 8, 9]
+
+
+def test_an_index_is_made_under_the_lock_of_its_shard(remote, monkeypatch):
+    """Where another process that makes room can see that its temporary file is in use."""
+    urls, cache = remote
+    whole, seen = shards.build_index, []
+
+    def build(path, file):
+        name = f".{os.path.basename(index_path(path))[:40]}12345678.idx.tmp"
+        seen.append(cache._is_abandoned(name))
+        return whole(path, file)
+
+    monkeypatch.setattr(shards, "build_index", build)
+    ShardSource("test", urls[:1], cache=cache).read(0, 0)
+    assert seen == [False]
+
+
 def test_remote_indexes_are_enough_to_count(remote):
     urls, cache = remote
     ShardSource("test", [url.removeprefix("file://") for url in urls]).counts  # noqa: B018
