@@ -244,7 +244,7 @@ class Trainer:
                 self.engine.step(rates)
             sums.add(micro_batch, losses, found)
         sums.reduce()
-        loader.quarantine.check(sums.count("bad"), loader.samples)
+        loader.quarantine.check(sums.count("bad"), sums.count("drawn"), loader.samples)
 
         progress.step += 1
         progress.tokens += total.tokens

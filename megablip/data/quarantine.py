@@ -49,17 +49,18 @@ class Quarantine:
                 self._seen.add(_identity(line))
                 self._count(line["source"])
 
-    def check(self, bad: Mapping[str, int], totals: Mapping[str, int]) -> None:
+    def check(self, bad: Mapping[str, int], drawn: Mapping[str, int], totals: Mapping[str, int]) -> None:
         """Compare the bad samples of each source, over all ranks, with what is allowed: max(32, 0.1 %) of its samples.
 
         Args:
+            drawn: samples of each source so far, over all ranks; stand for the size of one that is not counted.
             totals: samples of each source that is counted.
 
         Raises:
             SampleError: too many, with the last of the list.
         """
         for source, count in bad.items():
-            limit = max(ALWAYS_ALLOWED, totals.get(source, 0) // ALLOWED_SHARE)
+            limit = max(ALWAYS_ALLOWED, totals.get(source, drawn[source]) // ALLOWED_SHARE)
             if count > limit:
                 lines = [line for line in self._lines() if line["source"] == source][-5:]
                 last = [f"  {line['shard']}, key {line['key']}: {line['error'].splitlines()[0]}" for line in lines]

@@ -43,14 +43,19 @@ def test_a_sample_counts_once_over_epochs_ranks_and_resumes(tmp_path):
     assert resumed[1].counts == {"web": 1}
 
 
-@pytest.mark.parametrize(("total", "allowed"), [(100, 32), (50_000, 50), (None, 32)])
-def test_too_many_of_a_source_stop_the_run(tmp_path, total, allowed):
+@pytest.mark.parametrize(
+    ("total", "drawn", "allowed"),
+    # A source that is not counted has no total: what was drawn so far stands for its size.
+    [(100, 10**6, 32), (50_000, 100, 50), (None, 100, 32), (None, 50_000, 50)],
+)
+def test_too_many_of_a_source_stop_the_run(tmp_path, total, drawn, allowed):
     quarantine = Quarantine(tmp_path / "q.jsonl", is_first=True)
     quarantine.add(1, skips(3))
     totals = {} if total is None else {"web": total}
-    quarantine.check({"web": allowed, "other": 32}, totals)
+    samples = {"web": drawn, "other": 0}, totals
+    quarantine.check({"web": allowed, "other": 32}, *samples)
     with pytest.raises(SampleError, match=f"{allowed + 1} bad samples, more than the {allowed} allowed") as caught:
-        quarantine.check({"web": allowed + 1, "other": 32}, totals)
+        quarantine.check({"web": allowed + 1, "other": 32}, *samples)
     assert caught.value.where == "source web"
     assert str(tmp_path / "q.jsonl") in caught.value.remedy
     assert "part-0.tar, key k2: no image" in caught.value.what
