@@ -12,7 +12,12 @@ class MegablipError(Exception):
         what: what happened, one sentence.
         where: shard, key, rank, step, file or field concerned; may be empty.
         remedy: what the reader can do about it; may be empty.
+
+    Attributes:
+        skipped: records.Skip of the samples that were skipped on the way to it, where no batch tells of them.
     """
+
+    skipped: tuple = ()
 
     def __init__(self, what: str, *, where: str = "", remedy: str = ""):
         super().__init__(what)
@@ -27,8 +32,8 @@ class MegablipError(Exception):
         return "\n".join(lines)
 
     def __reduce__(self):
-        # Keyword arguments survive the trip from a worker process.
-        return _rebuild, (type(self), self.what, self.where, self.remedy)
+        # Keyword arguments and attributes survive the trip from a worker process.
+        return _rebuild, (type(self), self.what, self.where, self.remedy), self.__dict__
 
 
 def _rebuild(cls: type, what: str, where: str, remedy: str) -> MegablipError:

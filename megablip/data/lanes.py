@@ -250,7 +250,8 @@ class LanePlanner:
                 raise SampleError(
                     f"{len(failures)} samples in a row can't be used; the last:\n" + "\n".join(failures[-5:]),
                     where=f"lane {self.lane}, source {data.sources[source].name}",
-                    remedy="check the source's schema and shards, data.sequence_length and data.max_tiles",
+                    remedy="see the run's quarantine.jsonl; check the source's schema and shards, data.sequence_length "
+                    "and data.max_tiles, then move that file away",
                 )
 
     def _cut(self, address: SampleAddress) -> list[PlannedDocument]:

@@ -112,6 +112,7 @@ class Loader:
     Raises:
         ShardError: shards are missing or (when iterated) can't be used.
         CheckpointError: the states are not those of `start_step`.
+        SampleError: when iterated, too many samples in a row can't be used; what was skipped is written down.
         MegablipError: when iterated, a helper process failed; its traceback is in the message.
     """
 
@@ -133,7 +134,7 @@ class Loader:
         self._memory = TileMemory(pin_memory)
         self._ready: deque[StepBatch] = deque()
         self._changed = threading.Condition()  # guards _ready, _failure and _closed
-        self._failure: MegablipError | None = None
+        self._failure: tuple[int, MegablipError] | None = None  # and the step that it came instead of
         self._closed = False
         setup = setup_of(config, tokenizer_path, layout, self._lanes, lane_states, start_step)
         self.quarantine = Quarantine(Path(config.run_dir) / "quarantine.jsonl", is_first=rank == 0)
@@ -152,8 +153,11 @@ class Loader:
             self._changed.wait_for(lambda: self._ready or self._failure or self._closed)
             if self._closed:
                 raise StopIteration
-            if self._failure:
-                raise self._failure
+            if not self._ready:
+                step, error = self._failure
+                self.quarantine.add(step, error.skipped)
+                error.skipped = ()
+                raise error
             batch = self._ready.popleft()
             self._changed.notify_all()
         batch.data_wait_s = time.perf_counter() - began
@@ -192,10 +196,11 @@ class Loader:
 
     def _collect(self, step: int) -> None:
         """Body of the thread: assemble steps and keep them ready."""
+        batch = StepBatch(step)
         try:
             self.samples = self._pipeline.totals()
             while True:
-                batch = self._assemble(step)
+                self._assemble(batch)
                 with self._changed:
                     while self._is_full(batch) and not self._closed:
                         self._changed.wait(POLL_S)
@@ -204,10 +209,12 @@ class Loader:
                         return
                     self._ready.append(batch)
                     self._changed.notify_all()
-                step += 1
+                batch = StepBatch(batch.step + 1)
         except Exception as error:
+            failure = with_traceback(error, f"loader of rank {self._rank}")
+            failure.skipped = batch.skipped + failure.skipped
             with self._changed:
-                self._failure = with_traceback(error, f"loader of rank {self._rank}")
+                self._failure = batch.step, failure
                 self._changed.notify_all()
 
     def _is_full(self, batch: StepBatch) -> bool:
@@ -216,8 +223,7 @@ class Loader:
         over = ready + batch.bytes > self._config.data.prefetch_bytes
         return bool(self._ready) and (over or len(self._ready) >= MAX_STEPS_AHEAD)
 
-    def _assemble(self, step: int) -> StepBatch:
-        batch = StepBatch(step)
+    def _assemble(self, batch: StepBatch) -> None:
         left = len(self._lanes) * self._config.batch.sequences_per_lane
         for _ in range(self._micro_batches):
             count = min(left, self._config.batch.micro_batch_sequences)
@@ -228,19 +234,22 @@ class Loader:
         batch.samples_done = sum(state.samples_done for state in states)
         batch.samples_dropped = sum(state.dropped for state in states)
         batch.data_digest %= DIGESTS
-        return batch
 
     def _add_micro_batch(self, batch: StepBatch, count: int) -> None:
-        sequences: list[PackedSequence] = [self._pipeline.take() for _ in range(count)]
+        sequences = [self._take(batch) for _ in range(count)]
         micro_batch = collate(sequences, self._layout, self._memory, keep_tiles=self._pipeline.may_keep())
         batch.micro_batches.append(micro_batch)
         batch.valid_labels += micro_batch.valid_labels
-        for sequence in sequences:
-            batch.lane_states[sequence.lane] = sequence.lane_state  # the last of a lane stays
-            batch.skipped += sequence.skipped
-            batch.documents += len(sequence.doc_lens)
-            batch.tokens += sequence.tokens
-            batch.data_digest += sequence.digest
+
+    def _take(self, batch: StepBatch) -> PackedSequence:
+        """The next sequence, which the batch counts."""
+        sequence = self._pipeline.take()
+        batch.lane_states[sequence.lane] = sequence.lane_state  # the last of a lane stays
+        batch.skipped += sequence.skipped
+        batch.documents += len(sequence.doc_lens)
+        batch.tokens += sequence.tokens
+        batch.data_digest += sequence.digest
+        return sequence
 
 
 def _state_of(

@@ -23,7 +23,7 @@ from megablip.data.members import MAX_IMAGE_BYTES
 from megablip.data.order import ShardOrder, SourceOrder
 from megablip.data.schemas import CHAT_SCHEMAS, SCHEMAS
 from megablip.data.shards import HeadRule, ShardSource, expand_shards
-from megablip.errors import PackingError, SampleError
+from megablip.errors import MegablipError, PackingError, SampleError
 from megablip.records import (
     DecodedDocument,
     Document,
@@ -169,7 +169,11 @@ class SampleReader:
 
 
 def plan(setup: Setup, reader: SampleReader) -> Iterator[tuple[PlannedSequence, tuple[Skip, ...]]]:
-    """The sequences of the lanes, index-major and without end, each with what was skipped on the way to it."""
+    """The sequences of the lanes, index-major and without end, each with what was skipped on the way to it.
+
+    Raises:
+        SampleError, ShardError: as LanePlanner.next_sequence; `skipped` is what was skipped on the way there.
+    """
     skipped: list[Skip] = []
 
     def on_skip(address: SampleAddress, error: SampleError) -> None:
@@ -198,7 +202,11 @@ def plan(setup: Setup, reader: SampleReader) -> Iterator[tuple[PlannedSequence, 
     while True:
         for _ in range(setup.sequences_per_lane):
             for planner in planners:
-                planned = planner.next_sequence()
+                try:
+                    planned = planner.next_sequence()
+                except MegablipError as error:
+                    error.skipped = tuple(skipped)
+                    raise
                 yield planned, tuple(skipped)
                 skipped.clear()
 

@@ -193,7 +193,7 @@ class ProcessPipeline:
 
 @dataclass(frozen=True)
 class Failure:
-    """Last message of a helper."""
+    """What ends the sequences: the last message of a helper, or in the place of a planned sequence."""
 
     error: MegablipError
 
@@ -305,12 +305,20 @@ def _end_with_rank(lifeline: Connection) -> None:
 
 
 def _plan(setup: Setup, output: Connection, tasks: list[Connection]) -> None:
-    """Planner: the totals to the rank, then sequences to the workers in turn."""
+    """Planner: the totals to the rank, then sequences to the workers in turn.
+
+    What ends the plan comes in turn, too, so the rank has all sequences before it.
+    """
     reader = SampleReader(setup)
     output.send(_totals(reader, setup.data))
     gc.freeze()  # what is there now stays: collections need not look at it
-    for worker, task in zip(itertools.cycle(tasks), plan(setup, reader), strict=False):
-        worker.send(task)
+    turns = itertools.cycle(tasks)
+    try:
+        for task in plan(setup, reader):
+            next(turns).send(task)
+    except MegablipError as error:
+        next(turns).send(Failure(error))
+        threading.Event().wait()  # for the rank to end this process: it would take an end for the failure
 
 
 def _work(setup: Setup, tasks: Connection, output: Connection, slots: TileSlots) -> None:
@@ -319,7 +327,11 @@ def _work(setup: Setup, tasks: Connection, output: Connection, slots: TileSlots)
     nothing = empty_tiles(0, setup.layout.tile_size)
     gc.freeze()
     while True:
-        planned, skipped = tasks.recv()
+        task = tasks.recv()
+        if isinstance(task, Failure):
+            output.send(task)
+            continue
+        planned, skipped = task
         slot, out = slots.take(sum(document.tiles for document in planned.documents))
         sequence = decode(reader, setup.layout, planned, skipped, out)
         output.send((replace(sequence, tiles=nothing), slot, len(sequence.tiles)))

@@ -249,6 +249,46 @@ def test_bad_samples_are_skipped_and_written_once_delivered(reference):
     assert not any(key.startswith("c") and int(key[1:]) % 11 in (5, 7) for key in used)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_hundred_bad_samples_in_a_row_are_listed_and_the_steps_before_are_given(data, tmp_path, workers):
+    """On both ranks; what is listed is not lost with the sequence that never came."""
+    rows = [{"__key__": b"b%04d" % n, "jpg": b"no image", "txt": b"words"} for n in range(2000)]
+    bad = {"name": "bad", "shards": str(write_tar(tmp_path / "bad.tar", rows)), "schema": "caption"}
+    good = {"name": "good", "shards": f"{data}/text", "schema": "text", "weight": [[0, 1], [3, 0]]}
+    sources = [good, bad | {"weight": [[0, 0], [3, 1]]}]
+    with ExitStack() as stack:
+        for rank in range(2):
+            loader = stack.enter_context(
+                loader_of(data, tmp_path, rank, 2, data__sources=sources, data__decode_workers=workers)
+            )
+            assert [next(loader).step for _ in range(3)] == [0, 1, 2]
+            for _ in range(2):  # they are written once, however often it is asked
+                with pytest.raises(SampleError, match="100 samples in a row"):
+                    next(loader)
+            lines = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
+            assert len({line["key"] for line in lines}) == len(lines) == 100 * (rank + 1)
+            assert {(line["step"], line["source"]) for line in lines} == {(3, "bad")}
+            assert loader.quarantine.counts == {"bad": 100}
+
+
+def test_a_failure_lists_what_was_skipped_since_the_last_whole_step(data, tmp_path, reference, monkeypatch):
+    calls, plain = [], samples.LanePlanner.next_sequence
+
+    def fail_at_the_seventh(planner):
+        calls.append(planner.lane)
+        if len(calls) == 7:
+            raise ShardError("a disk is gone")
+        return plain(planner)
+
+    monkeypatch.setattr(samples.LanePlanner, "next_sequence", fail_at_the_seventh)
+    with loader_of(data, tmp_path, data__decode_workers=0) as loader, pytest.raises(ShardError, match="disk is gone"):
+        next(loader)
+    lines = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
+    expected = [(0, skip.key) for skip in reference[0][0].skipped]
+    assert 2 < len(lines) <= len(expected)
+    assert [(line["step"], line["key"]) for line in lines] == expected[: len(lines)]
+
+
 def test_an_image_is_measured_by_its_head_or_by_all_of_it(data, tmp_path, monkeypatch):
     """The size of a JPEG in its first bytes, behind a long comment, behind one that ends beyond the head, nowhere."""
     pixels, noise = jpeg(1), np.random.default_rng(0).bytes(60_000)
