@@ -69,7 +69,7 @@ def best_and_worst(row: dict[str, Any]) -> tuple[str, str] | None:
     if not isinstance(answers, list) or not isinstance(annotations, list) or len(answers) != len(annotations):
         raise SampleError('"response" and "annotations" are not two lists of the same length')
     rated = [
-        (rating, answer)
+        (rating, answer.strip())  # as training reads it
         for answer, rating in zip(answers, map(mean_rating, annotations), strict=True)
         if rating is not None and isinstance(answer, str) and answer.strip()
     ]

@@ -39,7 +39,15 @@ def test_the_best_and_the_worst():
 
 
 @pytest.mark.parametrize(
-    "answers", [[("a", "4"), ("b", "4")], [("a", "x"), ("b", "x")], [("a", "5")], [("a", "5"), ("a", "1")], []]
+    "answers",
+    [
+        [("a", "4"), ("b", "4")],
+        [("a", "x"), ("b", "x")],
+        [("a", "5")],
+        [("a", "5"), ("a", "1")],
+        [("a", "5"), (" a\n", "1")],
+        [],
+    ],
 )
 def test_no_preference(answers):
     assert best_and_worst(row(*answers)) is None
