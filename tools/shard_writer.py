@@ -22,11 +22,12 @@ class IndexedShardWriter(webdataset.ShardWriter):
     Args:
         pattern: path of the shards, with a place for their number: `train/ocr-%06d.tar`.
         samples_per_shard: most samples of a shard.
+        first: number of the first shard.
     """
 
-    def __init__(self, pattern: str, samples_per_shard: int):
+    def __init__(self, pattern: str, samples_per_shard: int, first: int = 0):
         # A fixed time makes the same samples the same bytes.
-        super().__init__(pattern, maxcount=samples_per_shard, verbose=0, mtime=0, post=_index)
+        super().__init__(pattern, maxcount=samples_per_shard, start_shard=first, verbose=0, mtime=0, post=_index)
 
 
 def _index(path: str) -> None:
@@ -53,4 +54,9 @@ def write_counted(out: Path, samples: Iterable[dict[str, Any]], counts: Counter[
             writer.write(sample)
         writer.close()  # after an error the folder is not kept, and needs no index
         (folder / "counts.json").write_text(json.dumps(counts, indent=1))
+    return counts_line(out, counts)
+
+
+def counts_line(out: Path, counts: Counter[str]) -> str:
+    """A line that tells what there is."""
     return f"{out}: " + ", ".join(f"{count} {what}" for what, count in sorted(counts.items()))

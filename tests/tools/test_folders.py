@@ -32,3 +32,15 @@ def test_other_folders_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="not ours"), complete_folder(tmp_path, mark="mark"):
         pass
     assert (tmp_path / "precious").exists()
+
+
+def test_an_unfinished_folder_is_gone_on_with(tmp_path):
+    out, settings = tmp_path / "out", {"model": "a", "seed": 1}
+    with pytest.raises(ZeroDivisionError), complete_folder(out, "mark", settings) as folder:
+        (folder / "half").write_text(str(1 / (folder / "half").write_text("")))
+    with pytest.raises(ConfigError, match="other settings"), complete_folder(out, "mark", {"model": "b"}):
+        pass
+    with complete_folder(out, "mark", settings) as folder:
+        assert (folder / "half").exists()
+        (folder / "mark").touch()
+    assert sorted(path.name for path in out.iterdir()) == ["half", "mark", "settings.json"]
