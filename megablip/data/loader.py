@@ -215,6 +215,9 @@ class Loader:
             failure.skipped = batch.skipped + failure.skipped
             with self._changed:
                 self._failure = batch.step, failure
+                if self._ready:  # told at once, since these may take long
+                    ready = f"the {len(self._ready)} steps that are ready come first"
+                    print(f"loader of rank {self._rank} has failed, {ready}: {failure}", flush=True)
                 self._changed.notify_all()
 
     def _is_full(self, batch: StepBatch) -> bool:
