@@ -234,7 +234,12 @@ def _write_index(path: str, found: Walk) -> bool:
 
 
 def count_samples(paths: list[str], jobs: int, progress: Progress | None = None) -> list[int]:
-    """Samples of each shard; shards without a valid index are walked by `jobs` processes.
+    """Samples of each shard; as `index_heads`."""
+    return [head.samples for head in index_heads(paths, jobs, progress)]
+
+
+def index_heads(paths: list[str], jobs: int, progress: Progress | None = None) -> list[IndexHead]:
+    """First line of each shard's index; shards without a valid index are walked by `jobs` processes.
 
     Raises:
         ShardError: a shard is missing, or is not one that samples can be read from.
@@ -242,16 +247,15 @@ def count_samples(paths: list[str], jobs: int, progress: Progress | None = None)
     with ThreadPoolExecutor(16) as pool:  # threads: on a network file system each file costs a round trip
         heads = list(pool.map(_head_of, paths))
     missing = [number for number, head in enumerate(heads) if head is None]
-    counts = [head.samples if head else 0 for head in heads]
     # Ranks that start together each begin elsewhere; where one has been, the next one finds an index.
     turn = os.getpid() * 7919 % max(len(missing), 1)
     missing = missing[turn:] + missing[:turn]
     task = progress.add_task("indexing shards", total=len(missing)) if progress else None
-    for number, count in zip(missing, _count_all([paths[number] for number in missing], jobs), strict=True):
-        counts[number] = count
+    for number, head in zip(missing, _index_all([paths[number] for number in missing], jobs), strict=True):
+        heads[number] = head
         if progress:
             progress.advance(task)
-    return counts
+    return heads
 
 
 def _head_of(path: str) -> IndexHead | None:
@@ -259,8 +263,8 @@ def _head_of(path: str) -> IndexHead | None:
         return valid_head(path, file)
 
 
-def _count_all(paths: list[str], jobs: int) -> Iterator[int]:
-    """Samples of each shard, in order, as they become known."""
+def _index_all(paths: list[str], jobs: int) -> Iterator[IndexHead]:
+    """First line of each shard's index, in order, as they become known."""
     if jobs < 2 or len(paths) < PARALLEL_SHARDS:
         yield from map(ensure_index, paths)
         return
@@ -285,7 +289,7 @@ def _count_all(paths: list[str], jobs: int) -> Iterator[int]:
             helper.communicate()
 
 
-def _ask(idle: list[subprocess.Popen], path: str) -> int:
+def _ask(idle: list[subprocess.Popen], path: str) -> IndexHead:
     """Have an idle helper index a shard."""
     helper = idle.pop()
     try:
@@ -301,21 +305,21 @@ def _ask(idle: list[subprocess.Popen], path: str) -> int:
     if isinstance(answer, list):
         what, where, remedy = answer
         raise ShardError(what, where=where, remedy=remedy)
-    return answer
+    return IndexHead.parse(answer.encode())
 
 
 def helper_main() -> None:
-    """Entry of a process that indexes: JSON lines, a path in, out a number of samples or the parts of an error."""
+    """Entry of a process that indexes: JSON lines, a path in, out the first line or the parts of an error."""
     for line in sys.stdin:
         try:
-            answer: int | list[str] = ensure_index(json.loads(line))
+            answer: str | list[str] = bytes(ensure_index(json.loads(line))).decode()
         except ShardError as error:
             answer = [error.what, error.where, error.remedy]
         print(json.dumps(answer), flush=True)
 
 
-def ensure_index(path: str) -> int:
-    """Samples of a shard, which has an index from now on, where one can be written.
+def ensure_index(path: str) -> IndexHead:
+    """First line of the index of a shard, which has one from now on, where it can be written.
 
     Raises:
         ShardError: the shard can't be read, or is not one that samples can be read from.
@@ -323,10 +327,10 @@ def ensure_index(path: str) -> int:
     with open_shard(path) as file:
         head = valid_head(path, file)
         if head:
-            return head.samples
+            return head
         index = build_index(path, file)
         index.close()
-        return len(index)
+        return index.head
 
 
 # --- reading ------------------------------------------------------------------

@@ -150,12 +150,14 @@ class SourceOrder(EpochOrder):
     Args:
         name, lanes, seed: as for EpochOrder.
         counts: int64[shards], samples of each shard.
+        identity: text that differs where the shards are others with as many samples.
 
     Raises:
         ShardError: there is no sample.
     """
 
-    def __init__(self, name: str, counts: np.ndarray, lanes: int, seed: int):
+    def __init__(self, name: str, counts: np.ndarray, lanes: int, seed: int, identity: str = ""):
+        self._identity = identity
         self.counts = np.asarray(counts, np.int64)
         self.block_size = block_size(int(self.counts.sum()), lanes)
         blocks = -(-self.counts // self.block_size)  # of each shard; none straddles shards
@@ -165,8 +167,9 @@ class SourceOrder(EpochOrder):
 
     @cached_property
     def fingerprint(self) -> int:
-        """63 bits that change when a shard is added, removed, or changes its number of samples."""
-        return keyed_number("samples", self.name, self.lanes, self.counts.astype("<i8").tobytes().hex()) >> 1
+        """63 bits that change when a shard is added, removed, replaced, or changes its number of samples."""
+        counts = self.counts.astype("<i8").tobytes().hex()
+        return keyed_number("samples", self.name, self.lanes, counts, self._identity) >> 1
 
     def block(self, lane: int, k: int) -> Block:
         """The k-th block of a lane, k counted from 0 without end."""
@@ -183,19 +186,22 @@ class ShardOrder(EpochOrder):
         name, lanes, seed: as for EpochOrder.
         shards: their number.
         count_of: gives the number of samples of a shard.
+        identity: text that differs where as many shards are others.
 
     Raises:
         ShardError: there is no shard.
     """
 
-    def __init__(self, name: str, shards: int, count_of: Callable[[int], int], lanes: int, seed: int):
+    def __init__(
+        self, name: str, shards: int, count_of: Callable[[int], int], lanes: int, seed: int, identity: str = ""
+    ):
         super().__init__(name, shards, lanes, seed)
-        self._count_of = count_of
+        self._count_of, self._identity = count_of, identity
 
     @cached_property
     def fingerprint(self) -> int:
-        """63 bits that change when a shard is added or removed."""
-        return keyed_number("shards", self.name, self.lanes, self.blocks) >> 1
+        """63 bits that change when a shard is added, removed or replaced."""
+        return keyed_number("shards", self.name, self.lanes, self.blocks, self._identity) >> 1
 
     def block(self, lane: int, k: int) -> Block:
         """The k-th shard of a lane, k counted from 0 without end.

@@ -231,8 +231,8 @@ def untouched_states(setup: Setup, step: int) -> dict[int, np.ndarray]:
 
 def _order(setup: Setup, config: SourceConfig, source: ShardSource) -> SourceOrder | ShardOrder:
     if config.order == "shards":
-        return ShardOrder(source.name, len(source.paths), source.count, setup.lanes, setup.seed)
-    return SourceOrder(source.name, source.counts, setup.lanes, setup.seed)
+        return ShardOrder(source.name, len(source.paths), source.count, setup.lanes, setup.seed, source.names)
+    return SourceOrder(source.name, source.counts, setup.lanes, setup.seed, source.names + source.headers)
 
 
 def decode(

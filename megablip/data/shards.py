@@ -7,9 +7,10 @@ sample is one or two reads at known offsets, and memory stays O(1).
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import cached_property
@@ -22,7 +23,7 @@ from megablip.data.cache import ShardCache, glob_url, is_url
 from megablip.data.index import (
     ShardIndex,
     build_index,
-    count_samples,
+    index_heads,
     index_path,
     load_index,
     open_shard,
@@ -128,6 +129,7 @@ class ShardSource:
         self._cache = cache
         self._remote = np.array([is_url(path) for path in paths], bool)
         self._counts = np.zeros(len(paths), np.int64)  # 0: not known yet
+        self._headers = ""
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._in_memory: OrderedDict[int, ShardIndex] = OrderedDict()  # of shards whose index can't be a file
         if cache is None and self._remote.any():
@@ -142,11 +144,10 @@ class ShardSource:
             ShardError: a shard is missing, or is not one that samples can be read from.
         """
         local, remote = np.flatnonzero(~self._remote), np.flatnonzero(self._remote)
-        counts = count_samples(
-            [self.paths[shard] for shard in local], jobs=min(len(os.sched_getaffinity(0)), INDEX_JOBS)
-        )
-        for shard, count in zip(local, counts, strict=True):
-            self._remember(int(shard), count)
+        heads = index_heads([self.paths[shard] for shard in local], min(len(os.sched_getaffinity(0)), INDEX_JOBS))
+        for shard, head in zip(local, heads, strict=True):
+            self._remember(int(shard), head.samples)
+        self._headers = _digest(f"{head.size_bytes} {head.headers}" for head in heads)
         with ThreadPoolExecutor(COPIES_AT_A_TIME) as pool:
             for shard, count in zip(remote, pool.map(self._count_remote, remote.tolist()), strict=True):
                 self._remember(int(shard), count)
@@ -165,6 +166,21 @@ class ShardSource:
             else:
                 self._shard(shard)
         return int(self._counts[shard])
+
+    @property
+    def names(self) -> str:
+        """Digest of the shards' base names: not of their folders, as data may move."""
+        return _digest(os.path.basename(path) for path in self.paths)
+
+    @property
+    def headers(self) -> str:
+        """Digest of the local shards' sizes and headers, as their indexes have them.
+
+        Raises:
+            ShardError: as `counts`.
+        """
+        _ = self.counts  # they come by the same reads
+        return self._headers
 
     @property
     def total(self) -> int:
@@ -335,3 +351,7 @@ class ShardSource:
     def _close_oldest(self) -> None:
         _, opened = self._open.popitem(last=False)
         opened.close()
+
+
+def _digest(parts: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogateescape")).hexdigest()

@@ -384,6 +384,37 @@ def test_states_that_do_not_fit(data, tmp_path, reference):
         loader_of(data, tmp_path, step=2)
 
 
+def renamed(folder):
+    (folder / "0.tar").rename(folder / "9.tar")
+
+
+def other_keys(folder):
+    (folder / "1.idx").unlink(missing_ok=True)
+    write_tar(folder / "1.tar", [{"__key__": b"x%03d" % n, "txt": b"some words"} for n in range(30)])
+
+
+@pytest.mark.parametrize("order", ["samples", "shards"])
+@pytest.mark.parametrize(("change", "named_by"), [(renamed, ("samples", "shards")), (other_keys, ("samples",))])
+def test_shards_that_were_replaced_are_not_gone_on_with(data, tmp_path, order, change, named_by):
+    """With as many samples; of whole shards, which are not counted, only the names are known."""
+    for shard in range(3):
+        rows = [{"__key__": b"%d-%03d" % (shard, n), "txt": b"some words"} for n in range(30)]
+        write_tar(tmp_path / f"a/{shard}.tar", rows)
+    source = {"name": "s", "shards": str(tmp_path / "a"), "schema": "text", "weight": 1, "order": order}
+    changes = {"data__decode_workers": 0, "batch": {"lanes": 1}}
+    [[batch]] = take(1, data, tmp_path / "run", data__sources=[source], **changes)
+    go_on = {"states": batch.lane_states, "step": 1, **changes}
+    (tmp_path / "a").rename(tmp_path / "b")
+    source["shards"] = str(tmp_path / "b")
+    assert take(1, data, tmp_path / "run", data__sources=[source], **go_on)[0][0].step == 1
+    change(tmp_path / "b")
+    if order in named_by:
+        with pytest.raises(CheckpointError, match="source s has other shards"):
+            take(1, data, tmp_path / "run", data__sources=[source], **go_on)
+    else:
+        take(1, data, tmp_path / "run", data__sources=[source], **go_on)
+
+
 @pytest.mark.parametrize("which", ["planner", "worker"])
 def test_a_helper_that_is_killed_is_reported(data, tmp_path, which):
     with loader_of(data, tmp_path, data__decode_workers=2) as loader:

@@ -213,6 +213,11 @@ def test_the_fingerprint_follows_the_shards():
     assert base.fingerprint == order_of(100, 4, 2).fingerprint < 2**63
     whole = [ShardOrder("web", shards, lambda shard: 1, 2, 0).fingerprint for shards in (4, 5)]
     assert len({base.fingerprint, order_of(101, 4, 2).fingerprint, order_of(100, 5, 2).fingerprint, *whole}) == 5
+    replaced = [
+        SourceOrder("web", base.counts, 2, 0, "other headers").fingerprint,
+        ShardOrder("web", 4, lambda shard: 1, 2, 0, "other names").fingerprint,
+    ]
+    assert len({base.fingerprint, *whole, *replaced}) == 5
 
 
 WEIGHTS = [0.5, 0.3, 0.15, 0.04, 0.01]

@@ -7,7 +7,7 @@ import webdataset
 
 from megablip.data import shards
 from megablip.data.cache import ShardCache
-from megablip.data.index import index_path
+from megablip.data.index import PARALLEL_SHARDS, index_path
 from megablip.data.shards import ShardSource, expand_shards
 from megablip.errors import SampleError, ShardError
 from tests.data.builders import raw_member, write_tar
@@ -76,6 +76,20 @@ def test_one_shard_is_counted_without_the_others(tmp_path):
     assert [os.path.exists(index_path(path)) for path in paths] == [False, True, False]
     assert source.counts.tolist() == [1, 2, 3]
     assert source.total == 6
+
+
+def test_names_and_headers_tell_shards_apart_however_they_become_known(tmp_path):
+    paths = [str(write_tar(tmp_path / f"{n}.tar", [{"txt": b"%d" % n}] * (n + 1))) for n in range(PARALLEL_SHARDS)]
+    walked = ShardSource("test", paths)
+    expected = walked.headers  # by processes
+    assert ShardSource("test", paths).headers == expected  # by the indexes
+    os.unlink(index_path(paths[3]))
+    assert ShardSource("test", paths).headers == expected  # by this process
+    assert ShardSource("test", paths[1:]).headers != expected
+    write_tar(paths[3], [{"__key__": b"other%d" % n, "txt": b"3"} for n in range(4)])
+    assert ShardSource("test", paths).headers != expected
+    assert ShardSource("test", [f"elsewhere/{n}.tar" for n in range(PARALLEL_SHARDS)]).names == walked.names
+    assert ShardSource("test", [*paths[1:], "9.tar"]).names != walked.names
 
 
 def test_a_shard_changed_before_the_run_is_indexed_again(shard):
