@@ -331,12 +331,15 @@ def _decode_pillow(data: bytes) -> tuple[np.ndarray, int]:
     with _opened(data) as image:
         orientation = _pillow_orientation(image)  # before load(), which may find more EXIF in a PNG
         image.load()
-        if image.has_transparency_data:
+        if image.mode.startswith("I;16"):  # first: on the way to RGBA Pillow would clip it, nearly all to white
+            levels = np.asarray(image)
+            grey = (levels >> 8).astype(np.uint8)
+            grey[levels == image.info.get("transparency", -1)] = 255  # a PNG's one level that is not seen
+            image = Image.fromarray(grey)
+        elif image.has_transparency_data:
             layer = image.convert("RGBA")
             image = Image.new("RGB", layer.size, "white")
             image.paste(layer, mask=layer)
-        elif image.mode.startswith("I;16"):
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         elif image.mode in ("I", "F"):
             raise SampleError(f"the image has 32 bits a pixel (mode {image.mode}), whose range is unknown")
         return np.array(image.convert("RGB")), orientation

@@ -214,6 +214,20 @@ def test_transparency_is_white():
     assert (tiles[0] == 255).all()
 
 
+@pytest.mark.parametrize("size", [1, 2])  # bytes of a level
+def test_the_level_of_grey_that_is_transparent_is_white(size):
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    levels = np.array([0x12, 0x80, 0xFF, 0x00, 0x13], np.uint8)
+    row = levels.repeat(size).tobytes()
+    data = b"\x89PNG\r\n\x1a\n"
+    data += chunk(b"IHDR", struct.pack(">IIBBBBB", 5, 1, 8 * size, 0, 0, 0, 0))
+    data += chunk(b"tRNS", struct.pack(">H", 0x1212 if size == 2 else 0x12))
+    data += chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b"")
+    assert decode(data)[0, :, 0].tolist() == [0xFF, 0x80, 0xFF, 0x00, 0x13]
+
+
 def test_an_animation_is_its_first_frame():
     frames = [Image.new("RGB", (32, 32), colour) for colour in ("white", "black")]
     tiles, _ = make_tiles(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]), (1, 2), LAYOUT)
