@@ -62,7 +62,7 @@ class Summary(NamedTuple):
 
 def lint_shard(path: str, cache: ShardCache | None = None) -> Summary:
     """Walk a shard, by a copy in the cache where it is remote, and say what is wrong with it and with its index."""
-    local = path
+    local, clashes = path, []
     try:
         if cache and is_url(path):
             local = cache.path(path)
@@ -71,13 +71,18 @@ def lint_shard(path: str, cache: ShardCache | None = None) -> Summary:
         else:
             file = open_shard(path)
         with file:
-            found = walk(path, file)
+            found = walk(path, file, clashes.append)
             stale = valid_head(local, file) is None
     except ShardError as error:
-        return Summary([Finding(path, -1, f"{error.what} ({error.where})", error.remedy)])
-    findings = [*_of_index(path, local, found, stale), *_of_walk(path, found), *_of_samples(path, found)]
+        return Summary([_of_error(path, error)])
+    of_keys = [_of_error(path, clash) for clash in clashes] or _of_index(path, local, found, stale)
+    findings = [*of_keys, *_of_walk(path, found), *_of_samples(path, found)]
     extensions = Counter(member[0] for sample in found.samples for member in sample)
     return Summary(findings, len(found.samples), found.size_bytes, extensions)
+
+
+def _of_error(path: str, error: ShardError) -> Finding:
+    return Finding(path, -1, f"{error.what} ({error.where})", error.remedy)
 
 
 def _of_index(path: str, local: str, found: Walk, stale: bool) -> Iterator[Finding]:

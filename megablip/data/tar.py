@@ -8,7 +8,8 @@ never taken for a path.
 A shard of a large set is damaged sooner or later, and that must not end a run.
 Where a header should be and none is, the walk goes on at the next block that is
 one; what lies between is a damaged range.  Data carry no checksum in a tar: a
-change inside a member is for who decodes it to find.
+change inside a member is for who decodes it to find.  Nor do long names: where one
+makes keys clash among few, the samples that it tears apart are damage, too.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import BinaryIO
+from itertools import groupby
+from typing import BinaryIO, TypeVar
 from zlib import adler32
 
 import numpy as np
@@ -50,6 +52,7 @@ _COMPRESSED = {
     b"\x04\x22\x4d\x18": "lz4",
 }
 
+T = TypeVar("T")
 Member = tuple[str, int, int, str]  # extension in lower case, offset of its data, size (bytes), name
 
 
@@ -177,14 +180,17 @@ def parse_pax(payload: bytes) -> dict[bytes, bytes] | None:
     return records if b"\0" not in records.get(b"path", b"") and size.isdigit() and len(size) < 20 else None
 
 
-def walk(path: str, file: BinaryIO) -> Walk:
+def walk(path: str, file: BinaryIO, on_clash: Callable[[ShardError], None] | None = None) -> Walk:
     """Walk a shard.
+
+    Args:
+        on_clash: told of keys that clash, once for each way they do, and the walk goes on; None: the first is raised.
 
     Raises:
         ShardError: it is empty, compressed or no tar; holds no sample or sparse members; is not sorted by key;
             has two members of one extension in a sample; has too many members or damages to be a shard.
     """
-    return _Walker(path, file).walk()
+    return _Walker(path, file).walk(on_clash)
 
 
 class _BrokenError(Exception):
@@ -204,14 +210,22 @@ class _Walker:
         self._fingerprint = hashlib.sha256()
         self._end = self._size
 
-    def walk(self) -> Walk:
+    def walk(self, on_clash: Callable[[ShardError], None] | None) -> Walk:
         if not self._size:
             raise ShardError("the shard has zero bytes", where=self._path, remedy="copy or write it again")
         keys, samples, dropped = self._group()
-        if dropped:
-            keys = [key for number, key in enumerate(keys) if number not in dropped]
-            samples = [sample for number, sample in enumerate(samples) if number not in dropped]
-        self._check(keys, samples)
+        keys, samples = _without(dropped, keys), _without(dropped, samples)
+        if not samples:
+            what = "the shard holds no sample" + (f" that is whole: {self._damage[0]}" if self._damage else "")
+            raise ShardError(what, where=self._path, remedy="remove it, or check how it was written")
+        if clashing := _clashing(keys, samples):
+            if strays := self._drop_strays(keys, samples, clashing):
+                samples = _without(strays, samples)
+            else:
+                for clash in self._clashes(samples, clashing):
+                    if on_clash is None:
+                        raise clash
+                    on_clash(clash)
         return Walk(samples, tuple(self._damage), self._fingerprint.hexdigest()[:16], self._size, self._end)
 
     # --- members --------------------------------------------------------------
@@ -407,7 +421,7 @@ class _Walker:
         beside = {number for first in firsts for number in (first - 1, first)}
         if self._end == self._size:
             beside.add(len(samples) - 1)
-        extensions = [frozenset(member[0] for member in sample) for sample in samples]
+        extensions = [_extensions(sample) for sample in samples]
         away = [names for number, names in enumerate(extensions) if number not in beside]
         usual = _most_common(away or [names for number, names in enumerate(extensions) if number not in cut])
         dropped = dict(cut)
@@ -431,25 +445,83 @@ class _Walker:
         self._damage[:] = [replace(damage, samples=counts[number]) for number, damage in enumerate(self._damage)]
         return set(dropped)
 
-    def _check(self, keys: list[str], samples: list[list[Member]]) -> None:
-        if not samples:
-            what = "the shard holds no sample" + (f" that is whole: {self._damage[0]}" if self._damage else "")
-            raise ShardError(what, where=self._path, remedy="remove it, or check how it was written")
-        if len(set(keys)) < len(keys):
-            seen: set[str] = set()
-            number = next(n for n, key in enumerate(keys) if key in seen or seen.add(key))
-            raise ShardError(
-                f"duplicate key '{keys[number]}': its members are not adjacent, or two samples share it",
-                where=f"{self._path}, offset {samples[number][0][1]}",
-                remedy="write the tar with --sort=name and one key for each sample",
-            )
-        for key, sample in zip(keys, samples, strict=True):
-            if len(sample) > 1 and len({member[0] for member in sample}) < len(sample):
-                raise ShardError(
-                    f"key '{key}' has two members of one extension",
-                    where=f"{self._path}, offset {sample[0][1]}",
-                    remedy="give each sample its own key",
+    def _drop_strays(self, keys: list[str], samples: list[list[Member]], clashing: dict[str, list[int]]) -> set[int]:
+        """Numbers of the runs that a damaged long name, which has no checksum, parts or adds to; noted in the damages.
+
+        None where that is not what made keys clash: they are many, or two whole samples do, or no name is long.
+        As beside other damage, what is next to such a run stays only if it is whole.
+        """
+        pairs = zip(keys, samples, strict=True)
+        usual = _most_common([_extensions(sample) for key, sample in pairs if key not in clashing])
+        if usual is None or len(keys) - len(clashing) < USUAL_SHARE * len(keys):
+            return set()
+
+        def is_whole(number: int) -> bool:
+            return len(samples[number]) == len(usual) and _extensions(samples[number]) == usual
+
+        if any(sum(map(is_whole, runs)) > 1 for runs in clashing.values()):
+            return set()
+        parts = {number for runs in clashing.values() for number in runs if not is_whole(number)}
+        beside = {number + side for number in parts for side in (-1, 1)} & set(range(len(keys)))
+        strays = parts | {number for number in beside if not is_whole(number)}
+        kept = set(_without(strays, keys))
+        damages = []
+        for _, numbered in groupby(enumerate(sorted(strays)), lambda pair: pair[1] - pair[0]):
+            numbers = [number for _, number in numbered]  # of runs that follow each other
+            members = [member for number in numbers for member in samples[number]]
+            if not any(self._is_long(member) for member in members):
+                return set()
+            _, last, size, _ = members[-1]
+            lost = len({keys[number] for number in numbers} - kept)
+            start, end = members[0][1] - BLOCK_BYTES, last + padded(size)
+            damages.append(Damage(start, end, "a name clashes with those around it", lost))
+        if len(self._damage) + len(damages) > MAX_DAMAGES:
+            return set()
+        self._damage = sorted([*self._damage, *damages], key=lambda damage: damage.offset)
+        return strays
+
+    def _is_long(self, member: Member) -> bool:
+        """Whether its name is that of an extended header, and not its own header's."""
+        _, offset, _, name = member
+        header = parse_header(self._read(offset - BLOCK_BYTES, BLOCK_BYTES))
+        return header is None or header[0] != name
+
+    def _clashes(self, samples: list[list[Member]], clashing: dict[str, list[int]]) -> Iterator[ShardError]:
+        """One error for each way in which keys clash: the first, and how many more."""
+        ways: dict[tuple[str, str], list[str]] = {}
+        for key, runs in clashing.items():
+            if len(runs) == 1:
+                way = "key '{}' has two members of one extension", "give each sample its own key"
+            elif max(Counter(extension for run in runs for extension in _extensions(samples[run])).values()) == 1:
+                way = (
+                    "the shard is not sorted: the members of key '{}' are not adjacent",
+                    "write the tar with --sort=name",
                 )
+            else:
+                way = "duplicate key '{}': two samples share it", "give each sample its own key"
+            ways.setdefault(way, []).append(key)
+        for (what, remedy), keys in ways.items():
+            more = f" (and so it is with {len(keys) - 1} more keys)" if len(keys) > 1 else ""
+            offset = samples[clashing[keys[0]][-1]][0][1]
+            yield ShardError(what.format(keys[0]) + more, where=f"{self._path}, offset {offset}", remedy=remedy)
+
+
+def _without(dropped: set[int], items: list[T]) -> list[T]:
+    return [item for number, item in enumerate(items) if number not in dropped] if dropped else items
+
+
+def _extensions(sample: list[Member]) -> frozenset[str]:
+    return frozenset(member[0] for member in sample)
+
+
+def _clashing(keys: list[str], samples: list[list[Member]]) -> dict[str, list[int]]:
+    """Runs of each key that has several, or two members of one extension in one."""
+    counts = Counter(keys) if len(set(keys)) < len(keys) else {}
+    clashing: dict[str, list[int]] = {}
+    for number, (key, sample) in enumerate(zip(keys, samples, strict=True)):
+        if counts.get(key, 1) > 1 or (len(sample) > 1 and len({member[0] for member in sample}) < len(sample)):
+            clashing.setdefault(key, []).append(number)
+    return clashing
 
 
 def _most_common(extensions: list[frozenset[str]]) -> frozenset[str] | None:

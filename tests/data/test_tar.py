@@ -239,6 +239,35 @@ def test_flipped_bits(tmp_path, shard, seed):
     assert len(lost) == len(hit)
 
 
+@pytest.mark.parametrize("tar_format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("members", [("jpg", "txt"), ("0.jpg", "1.jpg", "json", "txt")])
+def test_flipped_bits_of_long_names(tmp_path, tar_format, members):
+    """They have no checksum: a member may seem another sample's, or its sample be cut in two."""
+    key_of = LONG_NAME + "{:03d}"
+    samples = [{"__key__": key_of.format(n).encode(), **dict.fromkeys(members, b"%d" % n)} for n in range(40)]
+    shard = write_tar(tmp_path / "a.tar", samples, tar_format)
+    whole, data = contents(shard, walk_file(shard)), shard.read_bytes()
+    with tarfile.open(shard) as archive:
+        payloads = [(split_name(member.name)[0], member.offset + 512) for member in archive]
+    rng, clashes = np.random.default_rng(0), 0
+    for _ in range(300):
+        key, offset = payloads[rng.integers(len(payloads))]
+        name = data.index(key.encode(), offset)
+        places = np.arange(offset, name + len(key) + 5), name + len(key) - 1 - np.arange(3)
+        damaged = bytearray(data)
+        damaged[rng.choice(places[rng.integers(2)])] ^= 1 << int(rng.integers(8))  # by half in what tells keys apart
+        found = walk_bytes(tmp_path, bytes(damaged))
+        arrived = contents(tmp_path / "some.tar", found)
+        lost = {other for other in whole if other != key and arrived.get(other) != whole[other]}
+        clashes += bool(found.damage)
+        assert len(lost) <= 1
+        assert not lost & arrived.keys()
+        assert sum(damage.samples for damage in found.damage) >= len(lost)
+        assert all(len({*sample.values()}) == 1 for sample in arrived.values())  # none has a member of another
+        assert not found.damage or all(sample.keys() == {*members} for sample in arrived.values())
+    assert clashes > 30
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_many_places_at_once(tmp_path, shard, seed):
     """Zeros, noise or parts of other headers over several ranges."""
@@ -366,15 +395,46 @@ def test_what_is_no_shard(tmp_path, content, message):
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        (["a.txt", "b.txt", "a.jpg"], "duplicate key 'a'"),
+        (["a.txt", "b.txt", "a.jpg"], "members of key 'a' are not adjacent.*sort=name"),
+        (
+            ["a.txt", "b.txt", "c.txt", "a.jpg", "b.jpg", "c.jpg"],
+            r"'a' are not adjacent \(and so it is with 2 more keys",
+        ),
+        (["a.txt", "a.jpg", "b.txt", "b.jpg", "a.txt"], "duplicate key 'a': two samples share it.*its own key"),
         (["a.txt", "b.txt", "b.txt"], "two members of one extension"),
         (["a.jpg", "a.JPG"], "two members of one extension"),
     ],
 )
 def test_keys_that_clash(tmp_path, members, message):
-    with pytest.raises(ShardError, match=message) as caught:
+    with pytest.raises(ShardError, match="(?s)" + message) as caught:
         walk_bytes(tmp_path, b"".join(raw_member(name.encode(), b"x") for name in members) + END)
     assert "offset" in caught.value.where
+
+
+def test_keys_that_clash_in_several_ways_are_all_told(tmp_path):
+    path, told = tmp_path / "a.tar", []
+    path.write_bytes(
+        b"".join(raw_member(name, b"x") for name in (b"a.t", b"b.t", b"b.t", b"a.j", b"c.t", b"a.j")) + END
+    )
+    with open(path, "rb") as file:
+        found = walk(str(path), file, told.append)
+    assert [error.what.split("key")[0] for error in told] == ["duplicate ", ""]
+    assert names(found) == [["a.t"], ["b.t", "b.t"], ["a.j"], ["c.t"], ["a.j"]]
+
+
+@pytest.mark.parametrize("count", [2, 20])
+def test_what_a_changed_bit_can_not_make_is_told(tmp_path, count):
+    """Names with a checksum, or a whole sample twice, among many that are in order."""
+    rows = [raw_member(b"%03d.%s" % (n, kind), b"x") for n in range(30) for kind in (b"jpg", b"txt")]
+    with pytest.raises(ShardError, match="'007' are not adjacent"):
+        walk_bytes(tmp_path, b"".join([*rows[:15], *rows[16:30], rows[15], *rows[30:]]) + END)
+    samples = [{"__key__": LONG_NAME.encode() + b"%03d" % n, "jpg": b"j", "txt": b"t"} for n in [*range(count), 0]]
+    torn = [
+        {"__key__": LONG_NAME.encode() + key, kind: b"x"} for key, kind in ((b"x", "jpg"), (b"y", ""), (b"x", "txt"))
+    ]
+    for content in (samples, samples + torn):
+        with pytest.raises(ShardError, match="duplicate key"):
+            walk_file(write_tar(tmp_path / "twice.tar", content))
 
 
 PAX = [

@@ -195,7 +195,10 @@ def test_each_fault_is_found(shard, monkeypatch, change, findings):
     [
         (b"", "zero bytes"),
         (b"\x1f\x8b\x08 rest", "compressed"),
-        (raw_member(b"a.txt", b"") + raw_member(b"b.txt", b"") + raw_member(b"a.jpg", b"") + END, "duplicate key 'a'"),
+        (
+            raw_member(b"a.txt", b"") + raw_member(b"b.txt", b"") + raw_member(b"a.jpg", b"") + END,
+            "'a' are not adjacent",
+        ),
         (raw_member(b"a.txt", b"") + raw_member(b"a.txt", b""), "two members of one extension"),
         (raw_member(b"README", b""), "no sample"),
     ],
@@ -203,10 +206,18 @@ def test_each_fault_is_found(shard, monkeypatch, change, findings):
 def test_what_can_not_be_read_is_a_finding_and_the_others_are_still_walked(tmp_path, shard, content, message):
     (tmp_path / "b.tar").write_bytes(content)
     remove_index(shard)
-    code, (of_a, of_b) = lint(tmp_path)
+    code, (of_a, of_b, *_) = lint(tmp_path)
     assert code == 1
     assert "no index" in of_a
     assert message in of_b
+
+
+def test_keys_that_clash_hide_no_other_fault(shard):
+    write_tar(shard, [*SAMPLES, {"__key__": b"000007", **SAMPLES[0]}])
+    os.truncate(shard, 13 * 2560)
+    code, lines = lint(shard)
+    assert code == 1
+    assert ["duplicate key '000007'" in lines[0], "end-of-archive" in lines[1]] == [True, True]
 
 
 def test_remote_shards_are_walked(shard):
