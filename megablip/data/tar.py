@@ -437,7 +437,7 @@ class _Walker:
                     break
                 dropped.setdefault(number, damage)
         if not self._damage and usual and extensions[-1] != usual:
-            reason = "no end of the archive, and the last sample lacks members"
+            reason = "no end of the archive and the last sample lacks members"
             self._damage.append(Damage(self._size, self._size, reason))
             dropped[len(samples) - 1] = 0
         lost = {keys[number]: damage for number, damage in dropped.items()}

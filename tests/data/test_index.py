@@ -1,3 +1,4 @@
+import inspect
 import os
 import re
 import subprocess
@@ -9,11 +10,11 @@ from contextlib import suppress
 import pytest
 from rich.progress import Progress
 
-from megablip.data import index
+from megablip.data import index, tar
 from megablip.data.index import IndexHead, build_index, count_samples, index_path, load_index, open_shard
-from megablip.data.tar import Damage
+from megablip.data.tar import Damage, walk
 from megablip.errors import MegablipError, ShardError
-from tests.data.builders import add_member, raw_member, write_tar
+from tests.data.builders import add_member, header, raw_member, write_tar
 
 SAMPLES = [{"txt": b"text %d" % n, "0.PNG": bytes([n]) * (n * 100), "json": b"{}"} for n in range(150)]
 
@@ -47,8 +48,8 @@ def test_the_format_is_that_of_wds2idx(shard):
     end = 150 * 3 * 1024 + sum(-(-len(s["0.PNG"]) // 512) * 512 - 512 for s in SAMPLES)
     assert re.fullmatch(rf"v1\.2 150 bytes={shard.stat().st_size} end={end} headers=[0-9a-f]{{16}}", lines[0])
     assert lines[1] == "txt 512 6 000000.txt 0.png 1536 0 000000.0.PNG json 2048 2 000000.json"
-    with tarfile.open(shard) as tar:  # every offset is that of the standard library
-        expected = [f"{m.offset_data} {m.size} {m.name}" for m in tar]
+    with tarfile.open(shard) as archive:  # every offset is that of the standard library
+        expected = [f"{m.offset_data} {m.size} {m.name}" for m in archive]
     fields = " ".join(lines[1:]).split()
     assert [" ".join(fields[i + 1 : i + 4]) for i in range(0, len(fields), 4)] == expected
 
@@ -134,8 +135,8 @@ def test_an_index_of_another_shard_is_not_trusted(shard, change, ours):
     elif change == "last renamed":
         write_tar(shard, [*SAMPLES[:-1], {"__key__": b"x", **SAMPLES[-1]}])
     elif change == "appended":
-        with tarfile.open(shard, "a") as tar:
-            add_member(tar, "later.txt")
+        with tarfile.open(shard, "a") as archive:
+            add_member(archive, "later.txt")
     elif change == "cut index":
         path.write_bytes(path.read_bytes()[:-30])
     elif change == "wrong count":
@@ -236,8 +237,8 @@ def test_a_file_of_another_format_is_not_overwritten(shard):
 
 
 def test_damage_is_kept_in_the_index(shard):
-    with tarfile.open(shard) as tar:
-        member = tar.getmembers()[10]
+    with tarfile.open(shard) as archive:
+        member = archive.getmembers()[10]
     data = bytearray(shard.read_bytes())
     data[member.offset + 5] ^= 1
     shard.write_bytes(data)
@@ -245,6 +246,33 @@ def test_damage_is_kept_in_the_index(shard):
     assert found.head == again.head
     assert [damage.samples for damage in again.head.damage] == [1]
     assert len(again) == 149
+
+
+GOOD = [raw_member(b"%d.%s" % (n, extension), b"x") for n in range(20) for extension in (b"jpg", b"txt")]
+DAMAGED = {
+    "no valid header": [*GOOD[:20], b"\x01" * 512, *GOOD[20:]],
+    "the file ends inside a member": [*GOOD, header(b"x.jpg", 1000)],
+    "a long name or PAX header too long to be one": [*GOOD[:20], header(b"long", 1 << 32, b"L"), *GOOD[20:]],
+    "a PAX header that can't be read": [*GOOD[:20], raw_member(b"pax", b"no record", b"x"), *GOOD[20:]],
+    "no end of the archive and the last sample lacks members": GOOD[:-1],
+}
+
+
+@pytest.mark.parametrize("reason", DAMAGED)
+def test_each_reason_for_damage_comes_back_from_the_index(tmp_path, reason):
+    path = tmp_path / "a.tar"
+    path.write_bytes(b"".join(DAMAGED[reason]))
+    with open_shard(str(path)) as file:
+        found = walk(str(path), file).damage
+    assert [damage.reason for damage in found] == [reason]
+    build(path)
+    assert load(path).head.damage == found
+
+
+def test_no_reason_for_damage_was_forgotten():
+    source = inspect.getsource(tar)
+    reasons = re.findall(r'(?:_BrokenError\(|_resynchronise\(|reason = )[^"\n]*"([^"]+)"', source)
+    assert {*reasons} == {*DAMAGED}
 
 
 # --- many shards --------------------------------------------------------------
