@@ -5,6 +5,15 @@ and the class says who must act.
 """
 
 
+def printable(text: str) -> str:
+    """`text` with all escaped that no terminal should get but line ends: names in a tar may hold anything."""
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode() for char in text
+    )
+
+
 class MegablipError(Exception):
     """Base of all errors raised on purpose.
 
@@ -29,7 +38,7 @@ class MegablipError(Exception):
             lines.append(f"  where: {self.where}")
         if self.remedy:
             lines.append(f"  to do: {self.remedy}")
-        return "\n".join(lines)
+        return printable("\n".join(lines))
 
     def __reduce__(self):
         # Keyword arguments and attributes survive the trip from a worker process.

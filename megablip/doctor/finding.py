@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from megablip.errors import MegablipError
+from megablip.errors import MegablipError, printable
 
 LOG_COLUMNS = 160
 
@@ -62,7 +62,8 @@ def show(findings: list[Finding], console: Console | None = None) -> None:
     table = Table("", *(["node"] if nodes else []), "what", "found", "what it means", "to do")
     for finding in findings:
         cells = [finding.mark, *([finding.node] if nodes else [])]
-        table.add_row(*map(escape, [*cells, finding.subject, finding.found, finding.means, finding.remedy]))
+        cells += [finding.subject, finding.found, finding.means, finding.remedy]
+        table.add_row(*(escape(printable(cell)) for cell in cells))
     console = console or Console()
     if not console.is_terminal and "COLUMNS" not in os.environ:  # a log
         console.width = LOG_COLUMNS
