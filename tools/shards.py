@@ -25,12 +25,13 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 
 from megablip.data.cache import ShardCache, is_url
 from megablip.data.index import count_samples, index_path, open_shard, read_head, valid_head
-from megablip.data.shards import MAX_MEMBER_BYTES, expand_shards
+from megablip.data.shards import MAX_MEMBER_BYTES, MAX_SAMPLE_BYTES, expand_shards
 from megablip.data.tar import USUAL_SHARE, Walk, split_name, walk
-from megablip.errors import ShardError
+from megablip.errors import ShardError, printable
 from tools.errors import errors_end_the_program
 
 EXAMPLES = 3  # of samples with unusual members that are named; the others are counted
@@ -121,6 +122,10 @@ def _of_samples(path: str, found: Walk) -> Iterator[Finding]:
             if size > MAX_MEMBER_BYTES:
                 what = f"'{name}' has {size} bytes, above the limit of {MAX_MEMBER_BYTES}"
                 yield Finding(path, offset, what, f"make the .{extension} smaller, or its sample is skipped")
+        total = sum(size for _, _, size, _ in sample)
+        if total > MAX_SAMPLE_BYTES:
+            what = f"key '{split_name(sample[0][3])[0]}' has {total} bytes, above the limit of {MAX_SAMPLE_BYTES}"
+            yield Finding(path, sample[0][1], what, "make its members smaller, or it is skipped")
         missing = usual - {member[0] for member in sample}
         if missing and count >= USUAL_SHARE * len(found.samples):
             unusual += 1
@@ -143,7 +148,13 @@ def index(specs: Specs, jobs: Jobs = JOBS) -> None:
             raise ShardError("an index can't be written beside a URL", where=remote[0], remedy=remedy)
         with Progress(transient=True) as progress:
             counts = count_samples(paths, jobs, progress)
-        typer.echo(f"{len(paths)} shards, {sum(counts)} samples")
+        heads = [read_head(path) for path in paths]
+        damaged, missing = sum(bool(head and head.damage) for head in heads), heads.count(None)
+        typer.echo(
+            f"{len(paths)} shards, {sum(counts)} samples"
+            + (f", {damaged} damaged: run lint" if damaged else "")
+            + (f", {missing} without an index: it can't be written, or a name holds white space" if missing else "")
+        )
 
 
 @app.command()
@@ -155,7 +166,8 @@ def lint(specs: Specs, jobs: Jobs = JOBS) -> None:
             summaries = _lint_all(paths, jobs, ShardCache(folder, shutil.disk_usage(folder).free // 2))
     for finding in (finding for summary in summaries for finding in summary.findings):
         place = f", offset {finding.offset}" if finding.offset >= 0 else ""
-        typer.echo(f"{finding.path}{place}: {finding.what}; to do: {finding.remedy}")
+        line = f"{finding.path}{place}: {finding.what}; to do: {finding.remedy}"
+        typer.echo(printable(line).replace("\n", "\\n"))
     _print_table(paths, summaries)
     raise typer.Exit(any(summary.findings for summary in summaries))
 
@@ -176,7 +188,10 @@ def _print_table(paths: list[str], summaries: list[Summary]) -> None:
     samples = sum(summary.samples for summary in summaries)
     size = sum(summary.size_bytes for summary in summaries)
     findings = sum(len(summary.findings) for summary in summaries)
-    table.add_row(*(f"{total:,}" for total in (len(paths), samples, size, findings)), members)
+    table.add_row(
+        *(f"{total:,}" for total in (len(paths), samples, size, findings)),
+        Text(printable(members).replace("\n", "\\n")),
+    )
     Console().print(table)
 
 

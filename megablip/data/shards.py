@@ -33,6 +33,7 @@ from megablip.data.tar import BLOCK_BYTES, Damage, Member, is_header_of
 from megablip.errors import SampleError, ShardError
 
 MAX_MEMBER_BYTES = 256 << 20  # a larger member is a bad sample: what is read must fit in memory
+MAX_SAMPLE_BYTES = 512 << 20  # all members together
 OPEN_SHARDS = 64  # local shards of a source whose files and line table stay open
 OPEN_REMOTE_SHARDS = 2  # as many copies of remote ones: they take disk space even if the cache has removed them
 IN_MEMORY_BYTES = 256 << 20  # of indexes that can't be files
@@ -193,7 +194,7 @@ class ShardSource:
             is_enough: told the first HEAD_BYTES of a long member and its size, says whether the rest is not needed.
 
         Raises:
-            SampleError: a member is too large.
+            SampleError: a member, or all together, are too large.
             ShardError: the shard is not what its index says.
         """
         opened = self._shard(shard)
@@ -230,6 +231,12 @@ class ShardSource:
 
         One header is looked at, too: it shows whether the shard is still the one that was indexed.
         """
+        total = sum(size for _, _, size, _ in members)
+        if total > MAX_SAMPLE_BYTES:
+            raise SampleError(
+                f"the sample has {total} bytes, above the limit of {MAX_SAMPLE_BYTES}",
+                where=f"{self.paths[shard]}, offset {members[0][1]}",
+            )
         contents: dict[str, bytes] = {}
         _, last, size, _ = members[-1]
         end = last + size

@@ -200,6 +200,18 @@ def test_a_member_too_large_is_a_bad_sample(shard, monkeypatch):
     assert shard.read_bytes()[offset : offset + 7] == b"text 11"
 
 
+def test_a_sample_too_large_is_a_bad_sample(shard, monkeypatch):
+    """Though each of its members is not; also where heads are enough, as the planner must come to the same."""
+    monkeypatch.setattr(shards, "MAX_SAMPLE_BYTES", 1000)
+    source = ShardSource("test", [str(shard)])
+    assert source.read(0, 9)[0] == "000009"
+    monkeypatch.setattr(shards.os, "pread", lambda *_: pytest.fail("read"))
+    for is_enough in (None, lambda head, size: True):
+        with pytest.raises(SampleError, match="the sample has 1009 bytes, above the limit of 1000") as caught:
+            source.read(0, 10, is_enough)
+        assert caught.value.where == f"{shard}, offset {source.where(0, 10)[2]}"
+
+
 def test_of_a_long_member_the_head_may_be_enough(tmp_path):
     long, short = bytes(range(256)) * 128, b"s" * 9000
     path = write_tar(tmp_path / "a.tar", [{"txt": b"words", "jpg": long, "png": long, "gif": short}] * 2)

@@ -82,6 +82,16 @@ def test_index(tmp_path):
     assert all(os.path.exists(index_path(str(path))) for path in paths)
 
 
+def test_index_says_what_lint_would_tell(tmp_path, shard):
+    break_a_header(shard)
+    write_tar(tmp_path / "b.tar", [{"__key__": b"a b", "txt": b"x"}])
+    remove_index(shard)
+    for _ in range(2):  # walked, then by the index
+        result = run("index", tmp_path, "--jobs", "1")
+        lines = "2 shards, 12 samples, 1 damaged: run lint, 1 without an index: it can't be written, or a name holds"
+        assert (result.exit_code, result.stdout.strip()) == (0, f"{lines} white space")
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [("{tmp}/none.tar", "does not exist"), ("{tmp}/bad.tar", "zero bytes"), ("s3://bucket/a.tar", "beside a URL")],
@@ -163,6 +173,11 @@ def large_member(shard):
     run("index", shard)
 
 
+def large_sample(shard):
+    write_tar(shard, [*SAMPLES, {"jpg": bytes(1400), "json": bytes(1200)}])
+    run("index", shard)
+
+
 CASES = [
     (remove_index, ["it has no index"]),
     (other_format, ["is no index"]),
@@ -175,12 +190,14 @@ CASES = [
     (many_zeros, ["bytes of zeros at the end"]),
     (lack_members, [r"key '0001\d\d' lacks \.json, which others have"] * 3 + ["2 more keys lack members"]),
     (large_member, [r"'000012\.jpg' has 2000 bytes, above the limit of 1500"]),
+    (large_sample, [r"key '000012' has 2600 bytes, above the limit of 2500"]),
 ]
 
 
 @pytest.mark.parametrize(("change", "findings"), CASES, ids=[change.__name__ for change, _ in CASES])
 def test_each_fault_is_found(shard, monkeypatch, change, findings):
     monkeypatch.setattr(shards, "MAX_MEMBER_BYTES", 1500)
+    monkeypatch.setattr(shards, "MAX_SAMPLE_BYTES", 2500)
     change(shard)
     code, lines = lint(shard)
     assert code == 1
@@ -218,6 +235,17 @@ def test_keys_that_clash_hide_no_other_fault(shard):
     code, lines = lint(shard)
     assert code == 1
     assert ["duplicate key '000007'" in lines[0], "end-of-archive" in lines[1]] == [True, True]
+
+
+def test_names_that_no_terminal_should_get_are_escaped(tmp_path):
+    """Those of findings, and those in the table."""
+    samples = [raw_member(b"%d.%s" % (n, extension), b"x") for n in range(20) for extension in (b"a\xff", b"[b]\n\x1b")]
+    (tmp_path / "a.tar").write_bytes(b"".join([*samples, raw_member(b"\xff\x1b\n.a\xff", b"x")]) + END)
+    result = run("lint", tmp_path, "--jobs", "1")
+    assert result.exit_code == 1
+    assert r"key '\udcff\x1b\n' lacks .[b]\n\x1b, which others have" in result.stdout
+    assert r".a\udcff 21, .[b]\n\x1b 20" in result.stdout
+    assert "\x1b" not in result.stdout
 
 
 def test_remote_shards_are_walked(shard):
