@@ -11,6 +11,7 @@ from typing import Any
 import webdataset
 
 from megablip.data.index import build_index, open_shard
+from megablip.errors import ConfigError
 from tools.folders import complete_folder
 
 SAMPLES_PER_SHARD = 1000
@@ -46,12 +47,16 @@ def write_counted(out: Path, samples: Iterable[dict[str, Any]], counts: Counter[
         A line that tells what there is.
 
     Raises:
-        ConfigError: `out` holds something else.
+        ConfigError: `out` holds something else, or there is no sample.
     """
     with complete_folder(out, mark="counts.json") as folder:
         writer = IndexedShardWriter(f"{folder}/{out.name}-%06d.tar", SAMPLES_PER_SHARD)
         for sample in samples:
             writer.write(sample)
+        if not writer.total:
+            raise ConfigError(
+                "there is no sample to write", where=counts_line(out, counts), remedy="check what it is made of"
+            )
         writer.close()  # after an error the folder is not kept, and needs no index
         (folder / "counts.json").write_text(json.dumps(counts, indent=1))
     return counts_line(out, counts)
