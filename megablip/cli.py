@@ -92,11 +92,15 @@ def merge_lora(
     output: Annotated[Path, typer.Argument(help="folder to write")],
     dtype: Dtype = "fp32",
     remote_code: RemoteCode = False,
+    any_base: Annotated[
+        bool,
+        typer.Option("--any-base", help="merge though the adapter names another base: a folder may have been renamed"),
+    ] = False,
 ) -> None:
     """Add a LoRA adapter to the weights of its base."""
     from megablip.convert.lora import merge_lora
 
-    merge_lora(adapter, base, output, dtype, remote_code)
+    merge_lora(adapter, base, output, dtype, remote_code, any_base)
 
 
 @convert_app.command("xgenmm-to-hf")

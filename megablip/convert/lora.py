@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from megablip.checkpoint.tensors import TensorFile, TensorSource
 from megablip.checkpoint.writer import ShardWriter, new_folder, precision
 from megablip.convert.folders import copy_companions, say_written
 from megablip.convert.sources import Joined, copy
-from megablip.errors import CheckpointError
+from megablip.errors import CheckpointError, ConfigError
 
 _PREFIX = "base_model.model."
 _OTHER_FORMULAS = (
@@ -96,25 +96,42 @@ class Merged:
         return stored + adapter.rows(first, last).flatten()[start - first * width : end - first * width]
 
 
-def merge_lora(adapter: Path, base: Path, output: Path, dtype: str = "fp32", remote_code: bool = False) -> None:
+def merge_lora(
+    adapter: Path, base: Path, output: Path, dtype: str = "fp32", remote_code: bool = False, any_base: bool = False
+) -> None:
     """Write a base model with an adapter merged in, tensor by tensor.
 
     Args:
         adapter: folder that peft saved (adapter_config.json, adapter_model.safetensors).
         base: the Hugging Face folder that it was trained on; any model's.
         dtype: fp32, bf16 or fp16; sums are in fp32.
+        any_base: merge also where the adapter names another base than this folder's name.
 
     Raises:
         CheckpointError: an adapter of another kind or for another model.
-        ConfigError: `output` exists, or an unknown dtype.
+        ConfigError: the adapter names another base, `output` exists, or an unknown dtype.
     """
     torch_dtype = precision(dtype)
+    if not any_base:
+        _check_base(adapter, base)
     weights = with_adapter(ExportReader(base), adapter)
     with new_folder(output) as staging:
         copy_companions(base, staging, torch_dtype, remote_code=remote_code)
         with ShardWriter(staging, weights.shapes, torch_dtype, title="merging") as writer:
             copy(weights, writer)
     say_written(output, adapter)
+
+
+def _check_base(adapter: Path, base: Path) -> None:
+    """Another model of the same shapes would give a merged model of no use, without a sign of it."""
+    named = _read_config(adapter / "adapter_config.json").get("base_model_name_or_path")
+    if named and PurePath(str(named)).name not in (base.absolute().name, base.resolve().name):
+        raise ConfigError(
+            f"the adapter was made for {named}, and the base is {base}",
+            where=str(adapter / "adapter_config.json"),
+            remedy="give the base that it names; names are all that can be compared, since an adapter keeps nothing of "
+            "its base's weights: if this is the base under another name, go on with --any-base",
+        )
 
 
 def with_adapter(base: TensorSource, folder: Path) -> TensorSource:

@@ -9,13 +9,15 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Phi3Config, Phi3ForCausalLM
+from typer.testing import CliRunner
 
 from megablip.checkpoint import writer
+from megablip.cli import app
 from megablip.config import LoraConfig as OwnLoraConfig
 from megablip.convert import sources
 from megablip.convert.lora import merge_lora
 from megablip.convert.to_hf import zero_to_hf
-from megablip.errors import CheckpointError
+from megablip.errors import CheckpointError, ConfigError
 from megablip.model.blip3 import Blip3ForConditionalGeneration
 from megablip.model.lora import add_lora
 from tests.convert.test_to_hf import make_run
@@ -102,6 +104,25 @@ def test_a_checkpoint_with_adapters_becomes_the_merged_model(tmp_path, parts):
             assert name in trained or not name.startswith("sampler.") or not parts
     assert touched
     AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+
+
+def test_an_adapter_that_names_another_base_is_refused(tmp_path, base):
+    folder = adapter(base, tmp_path / "adapter", target_modules=["o_proj"])
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    assert config["base_model_name_or_path"] == str(base)
+    path.write_text(json.dumps(config | {"base_model_name_or_path": "someone/another-model"}))
+    with pytest.raises(ConfigError, match="made for someone/another-model") as caught:
+        merge_lora(folder, base, tmp_path / "out")
+    assert "--any-base" in caught.value.remedy
+    assert not (tmp_path / "out").exists()
+    arguments = ["convert", "merge-lora", str(folder), str(base), str(tmp_path / "out"), "--any-base"]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    for number, named in enumerate(["", None, f"elsewhere/{base.name}/"]):
+        path.write_text(json.dumps(config | {"base_model_name_or_path": named}))
+        merge_lora(folder, base, tmp_path / f"out{number}")
+    (tmp_path / "link").symlink_to(base)
+    merge_lora(folder, tmp_path / "link", tmp_path / "linked")
 
 
 def test_what_is_not_w_plus_ba_is_refused(tmp_path, base):
