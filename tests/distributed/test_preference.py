@@ -15,14 +15,16 @@ def check(world: int, strategy: str, checkpointing: bool) -> None:
     whole: dict[str, list[tuple[int, list[float]]]] = {}
     for rank in run_ranks(world, "tests.distributed.preference:run", strategy, checkpointing):
         assert rank["frozen"], "the base moved"
-        assert rank["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+        assert rank["losses"] == pytest.approx(expected["losses"], rel=1e-6)
         for key, values in rank["slices"].items():
             name, _, start = key.rpartition("|")
             whole.setdefault(name, []).append((int(start), values))
     assert set(whole) == set(expected["weights"])
     for name, pieces in whole.items():
         found = [value for _, values in sorted(pieces) for value in values]
-        assert found == pytest.approx(expected["weights"][name], rel=1e-4, abs=1e-5), name
+        # Three times the greatest difference seen, 1.6e-6, a ten-thousandth of a step of Adam (0.02): it divides by the
+        # size of the gradient, and so makes much of the rounding of small ones. Relative bounds say nothing near zero.
+        assert found == pytest.approx(expected["weights"][name], rel=0, abs=5e-6), name
 
 
 def test_two_ranks_of_zero3_equal_autograd():
