@@ -37,6 +37,7 @@ from megablip.records import (
 )
 
 READ_AHEAD_BYTES = 16 << 20  # of images that are read and not decoded yet, by a decode worker
+HELD_BYTES = 64 << 20  # of documents that are cut, held while their pieces are asked for
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class SampleReader:
     def __init__(self, setup: Setup):
         self.sources = open_sources(setup.data, setup.shards)
         self._configs = setup.data.sources
+        self._held: dict[SampleAddress, list[EncodedDocument]] = {}  # the one used last is the last
         self.encoder = Encoder(setup.tokenizer_path, setup.layout, dct_scaling=setup.data.dct_scaling)
         if any(config.schema_name in CHAT_SCHEMAS for config in self._configs):
             self.encoder.require_chat()
@@ -123,11 +125,12 @@ class SampleReader:
             SampleError: the sample can't be used.
             PackingError: it is not what was planned.
         """
-        documents = self.encoded(planned.address)
+        is_cut = bool(planned.start or not planned.last)
+        documents = self._encoded_once(planned.address) if is_cut else self.encoded(planned.address)
         total = sum(len(document.input_ids) for document in documents)
         end = planned.start + planned.tokens
         fits = total == end if planned.last else total > end
-        if fits and (planned.start or not planned.last):
+        if fits and is_cut:
             documents = [cut_piece(documents[0], planned.start, planned.tokens)]
         if not fits or sum(document.tiles for document in documents) != planned.tiles:
             raise PackingError(
@@ -136,6 +139,13 @@ class SampleReader:
                 where=f"source {documents[0].source}, key {documents[0].key}",
                 remedy="the tokenizer, the layout or the shard changed since: undo that, or start a new run",
             )
+        return documents
+
+    def _encoded_once(self, address: SampleAddress) -> list[EncodedDocument]:
+        """As `encoded`, for a sample whose pieces come one after another, those of a few samples in turn."""
+        self._held[address] = documents = self._held.pop(address, None) or self.encoded(address)
+        while sum(map(_size_bytes, self._held.values())) > HELD_BYTES:
+            del self._held[next(iter(self._held))]
         return documents
 
     def _documents(self, address: SampleAddress, is_enough: HeadRule | None = None) -> tuple[Document, ...]:
@@ -166,6 +176,11 @@ class SampleReader:
             for damage in damages
             if start <= damage.offset < end
         ]
+
+
+def _size_bytes(documents: list[EncodedDocument]) -> int:
+    ids = sum(document.input_ids.nbytes + document.labels.nbytes for document in documents)
+    return ids + sum(len(image.data) for document in documents for image in document.images)
 
 
 def plan(setup: Setup, reader: SampleReader) -> Iterator[tuple[PlannedSequence, tuple[Skip, ...]]]:

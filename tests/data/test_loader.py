@@ -323,6 +323,28 @@ def test_how_much_is_read_ahead_changes_nothing(data, tmp_path, reference, monke
     assert [batch.skipped for batch in batches] == [batch.skipped for batch in reference[0]]
 
 
+def test_a_document_in_many_pieces_is_encoded_once_for_all_of_them(data, tmp_path, monkeypatch):
+    """For planning a few times, whatever the number of pieces; or each time, where there is no room to hold it."""
+    rows = [{"__key__": b"b%d" % n, "txt": b"some words " * 500} for n in range(2)]
+    source = {"name": "books", "shards": str(write_tar(tmp_path / "b.tar", rows)), "schema": "text", "weight": 1}
+    changes = {"data__sources": [source | {"split": "text"}], "batch": {"lanes": 2}, "duration": "1 epochs"}
+    encoded, plain = [], samples.Encoder.encode
+    monkeypatch.setattr(
+        samples.Encoder, "encode", lambda self, document: encoded.append(document) or plain(self, document)
+    )
+
+    def pieces(room):
+        encoded.clear()
+        monkeypatch.setattr(samples, "HELD_BYTES", room)
+        [batches] = take(30, data, tmp_path / "run", data__decode_workers=0, **changes)
+        return list(chain.from_iterable(documents(micro) for batch in batches for micro in batch.micro_batches))
+
+    expected = pieces(0)
+    assert len(encoded) > len(expected) > 40
+    assert pieces(1 << 20) == expected
+    assert len(encoded) == 4  # of two samples, cut by the planner and then by the decoder
+
+
 def test_batches_that_are_held_stay_as_they_are_and_hold_nothing_up(data, tmp_path):
     """More steps than the workers have memory for: tiles are copied then; of those let go the memory is used again."""
     changes = {"data__prefetch_bytes": 0, "batch": {"lanes": 2}}
