@@ -324,7 +324,7 @@ def test_how_much_is_read_ahead_changes_nothing(data, tmp_path, reference, monke
 
 
 def test_a_document_in_many_pieces_is_encoded_once_for_all_of_them(data, tmp_path, monkeypatch):
-    """For planning a few times, whatever the number of pieces; or each time, where there is no room to hold it."""
+    """By the planner and by the decoder; for each piece again where there is no room to hold it."""
     rows = [{"__key__": b"b%d" % n, "txt": b"some words " * 500} for n in range(2)]
     source = {"name": "books", "shards": str(write_tar(tmp_path / "b.tar", rows)), "schema": "text", "weight": 1}
     changes = {"data__sources": [source | {"split": "text"}], "batch": {"lanes": 2}, "duration": "1 epochs"}
