@@ -29,7 +29,6 @@ from megablip.metrics.points import read_metrics
 
 Task = Literal["reading", "conversation", "safety", "shots"]
 SHOTS = (0, 1, 2, 4, 8)
-GREEDY = Decoding()
 PICTURES = 48  # in the report; wrong answers first
 
 
@@ -40,7 +39,6 @@ def evaluate(
     task: Task = "reading",
     run_dir: Path | None = None,
     limit: int | None = None,
-    decoding: Decoding = GREEDY,
 ) -> None:
     """Let an exported model answer; write results.json and report.html, and print a table.
 
@@ -62,7 +60,7 @@ def evaluate(
     except OSError as error:
         raise ConfigError(f"the folder can't be made: {error.strerror}", where=f"--output {output}") from None
     end = {"reading": CLOSE, "shots": "chunk"}.get(task, "turn")
-    answers = ask(answerer, asked, end, decoding, f"{task}: {len(asked)} questions")
+    answers = ask(answerer, asked, end, Decoding(), f"{task}: {len(asked)} questions")
     groups = summarize(answers, GROUPS[task])
     results = {
         "task": task,

@@ -11,7 +11,6 @@ from PIL import Image
 from megablip.errors import ConfigError, SampleError, ShardError
 from megablip.evaluate import evaluation
 from megablip.evaluate.evaluation import GROUPS, evaluate, summarize
-from megablip.evaluate.generation import Decoding
 from megablip.evaluate.tasks import Answer, reading_questions
 from tests.data.builders import write_tar
 from tests.small_export import make_export
@@ -77,9 +76,7 @@ def test_an_evaluation_writes_results_and_page(tmp_path, export, monkeypatch, ca
     (tmp_path / "run" / "metrics.jsonl").write_text(
         "".join(f'{{"step": {n}, "tokens_seen": {10 * n}, "loss": {5 - n}}}\n' for n in (1, 2))
     )
-    evaluate(
-        export, str(tmp_path / "a.tar"), tmp_path / "out", run_dir=tmp_path / "run", decoding=Decoding(max_new_tokens=3)
-    )
+    evaluate(export, str(tmp_path / "a.tar"), tmp_path / "out", run_dir=tmp_path / "run")
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["items"] == 3
     assert [(answer["key"], answer["truth"]) for answer in results["answers"]] == [
@@ -91,7 +88,7 @@ def test_an_evaluation_writes_results_and_page(tmp_path, export, monkeypatch, ca
     assert "<b>2" not in page
     assert "<polyline" in page
     assert "exact match" in capsys.readouterr().out
-    evaluate(export, str(tmp_path / "a.tar"), tmp_path / "one", limit=1, decoding=Decoding(max_new_tokens=3))
+    evaluate(export, str(tmp_path / "a.tar"), tmp_path / "one", limit=1)
     assert json.loads((tmp_path / "one" / "results.json").read_text())["items"] == 1
 
 

@@ -45,7 +45,7 @@ def rows() -> list[Row]:
         make_checkpoint(large, shapes(WIDTH))
         make_checkpoint(small, shapes(WIDTH // 2))
         found = measure(folder, {what: (*how, large) for what, how in (WEIGHTS | SYNCED).items()})
-        compare_weights(large, folder)
+        compare_weights(folder)
         states = {"ds_to_universal": ("rival_to_universal", ""), "import-zero": ("import_zero", "")}
         found |= measure(folder, {what: (*how, small) for what, how in states.items()})
         compare_states(folder)
@@ -155,7 +155,7 @@ def measure(folder: Path, variants: dict[str, tuple[str, str, Path]]) -> dict[st
     return {name: results[1:] for name, results in found.items()}
 
 
-def compare_weights(large: Path, folder: Path) -> None:
+def compare_weights(folder: Path) -> None:
     """Raises AssertionError unless all outputs hold the same weights."""
     files = {name: safe_open(next((folder / name).glob("*.safetensors")), "pt") for name in (*WEIGHTS, *SYNCED)}
     for name in shapes(WIDTH):
