@@ -2,9 +2,9 @@
 
     python dpo_side.py POLICY REFERENCE PAIRS.json
 
-PAIRS.json: {"input_ids": [[...]], "completion_mask": [[...]]}, chosen answers first, then the rejected ones, padded
-on the right with id 0 and mask 0; "attention_mask" likewise.  Prints {"sigmoid": {...}, "ipo": {...}} with the loss and
-the log-probabilities that TRL reports.
+PAIRS.json: {"input_ids": [[...]], "completion_mask": [[...]]}, of each pair the chosen answer, then the rejected one;
+padded on the right with id 0 and mask 0; "attention_mask" likewise.  Prints the loss of each pair, {"sigmoid": [...],
+"ipo": [...], "smoothed": [...]}, and the log-probabilities that TRL reports, {"chosen": [...], "rejected": [...]}.
 """
 
 import json
@@ -18,27 +18,39 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 
+LOSSES = {
+    "sigmoid": {"loss_type": ["sigmoid"]},
+    "ipo": {"loss_type": ["ipo"]},
+    # Conservative DPO: TRL's sigmoid ignores label_smoothing, its aot does not.  That sorts the pairs of a batch
+    # among themselves, which is nothing in a batch of one.
+    "smoothed": {"loss_type": ["aot"], "label_smoothing": 0.1},
+}
 
-def main(policy: str, reference: str, pairs: str) -> dict[str, dict[str, float]]:
+
+def main(policy: str, reference: str, pairs: str) -> dict[str, list[float]]:
     inputs = {name: torch.tensor(rows) for name, rows in json.loads(Path(pairs).read_text()).items()}
     words = Tokenizer(models.WordLevel({str(number): number for number in range(96)}, unk_token="0"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", eos_token="2")
     dummy = Dataset.from_list([{"prompt": "3", "chosen": "4", "rejected": "5"}] * 2)
     found = {}
-    for loss in ("sigmoid", "ipo"):
+    for name, settings in LOSSES.items():
         trainer = DPOTrainer(
             model=AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32),
             ref_model=AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32),
             args=DPOConfig(
-                tempfile.mkdtemp(), loss_type=[loss], beta=0.1, use_cpu=True, bf16=False, report_to=[],
-                gradient_checkpointing=False,
+                tempfile.mkdtemp(), beta=0.1, use_cpu=True, bf16=False, report_to=[], gradient_checkpointing=False,
+                **settings,
             ),
             train_dataset=dummy,
             processing_class=tokenizer,
         )  # fmt: skip
-        value = trainer.compute_loss(trainer.model, dict(inputs))
-        metrics = trainer._metrics["train"] if trainer.model.training else trainer._metrics["eval"]
-        found[loss] = {"loss": float(value)} | {name: values[-1] for name, values in metrics.items()}
+        metrics = trainer._metrics["train" if trainer.model.training else "eval"]
+        found |= {name: [], "chosen": [], "rejected": []}
+        for first in range(0, len(inputs["input_ids"]), 2):
+            pair = {key: rows[first : first + 2] for key, rows in inputs.items()}
+            found[name].append(float(trainer.compute_loss(trainer.model, pair)))
+            for side in ("chosen", "rejected"):
+                found[side].append(metrics[f"logps/{side}"][-1])
     return found
 
 

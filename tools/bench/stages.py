@@ -1,7 +1,8 @@
 """Stages after pre-training: DPO's numbers beside TRL's, and packed against padded batches.
 
 - `trl_*`: log-probabilities and losses of preference pairs, packed here, padded in
-  TRL's own trainer, by the same models; largest relative difference.
+  TRL's own trainer, by the same models; the largest relative difference of any pair.
+  `smoothed` is conservative DPO; `trl_*_alone`: here one document a call, not packed.
 - `sft`, `dpo`, `dpo_stored`: real tokens a second, forward and backward in bf16 on all cores, of
   conversations whose lengths are spread as those of instructions are.  The rival is
   transformers' decoder on the same conversations padded to the longest (SDPA), with
@@ -20,6 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, Phi3Config
 
@@ -44,6 +47,12 @@ CONVERSATIONS, PAIRS = 16, 8
 PROMPT_TOKENS, ANSWER_TOKENS = (90, 0.9), (70, 0.9)
 # A draw in which padding multiplies the tokens by 2.7 (pairs: 2.5), about the median of a thousand draws, 2.6 and 2.4.
 SEED = 20
+
+TRL_LOSSES = {
+    "sigmoid": PreferenceConfig(),
+    "ipo": PreferenceConfig(loss="ipo"),
+    "smoothed": PreferenceConfig(label_smoothing=0.1),
+}
 
 TINY = Phi3Config(
     vocab_size=96, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -72,30 +81,57 @@ def trl_rows() -> list[Row]:
             models[side] = with_sampler(TINY)
             models[side].decoder.load_state_dict(decoder.state_dict())
         batch, features = conversations(6, pairs=True, vocabulary=TINY.vocab_size, lengths=((9, 0.5), (6, 0.5)))
-        order = [*range(0, len(batch.doc_lens), 2), *range(1, len(batch.doc_lens), 2)]  # TRL: all chosen, then the rest
-        rows_of = {name: [rows[place] for place in order] for name, rows in as_lists(batch).items()}
-        (folder / "pairs.json").write_text(json.dumps(rows_of))
+        (folder / "pairs.json").write_text(json.dumps(as_lists(batch)))
         side = Path(__file__).with_name("dpo_side.py")
         python = venv("trl", ["torch==2.13.0", "trl", "datasets"])
         printed = call(
             [str(python), str(side), str(folder / "policy"), str(folder / "reference"), str(folder / "pairs.json")]
         )
-        theirs = json.loads(printed.splitlines()[-1])
+    theirs = {name: torch.tensor(values) for name, values in json.loads(printed.splitlines()[-1]).items()}
+    found = []
+    for suffix, answer in ("", packed_answers), ("_alone", answers_alone):
         with torch.no_grad():
-            ours = {name: model(packed=batch, vision_features=features) for name, model in models.items()}
-    apart = {}
-    for loss in ("sigmoid", "ipo"):
-        mine = loss_of(batch, ours["policy"], ours["reference"], PreferenceConfig(loss=loss))
-        apart[loss] = abs(float(mine.loss / mine.pairs) / theirs[loss]["loss"] - 1)
-    answers = Answers.of(ours["policy"].document_loss, ours["policy"].document_labels, batch.pair)
-    log_probs = max(
-        abs(float(getattr(answers, side).mean()) / theirs["sigmoid"][f"logps/{side}"] - 1)
-        for side in ("chosen", "rejected")
-    )
-    return [
-        Row("trl_log_probs", log_probs, "", "lower", goal=1e-5),
-        *(Row(f"trl_{name}", difference, "", "lower", goal=1e-5) for name, difference in apart.items()),
-    ]
+            policy, reference = (answer(models[side], batch, features) for side in ("policy", "reference"))
+        ours = {"chosen": policy.chosen, "rejected": policy.rejected}
+        for name, config in TRL_LOSSES.items():
+            pairs = zip(of_each_pair(policy), of_each_pair(reference), strict=True)
+            ours[name] = torch.stack([preference_loss(*pair, config).loss for pair in pairs])
+        print_pairs(f"pairs{suffix}", ours, theirs)
+        apart = {name: float((ours[name] / theirs[name] - 1).abs().max()) for name in ours}
+        apart["log_probs"] = max(apart.pop("chosen"), apart.pop("rejected"))
+        found += [Row(f"trl_{name}{suffix}", value, "", "lower", goal=1e-5) for name, value in apart.items()]
+    return found
+
+
+def packed_answers(model: nn.Module, batch: MicroBatch, features: Tensor) -> Answers:
+    found = model(packed=batch, vision_features=features)
+    return Answers.of(found.document_loss, found.document_labels, batch.pair)
+
+
+def answers_alone(model: nn.Module, batch: MicroBatch, features: Tensor) -> Answers:
+    """The same from a forward for each document."""
+    layout, losses, labels = config_of(TINY).layout, [], []
+    rows = zip(batch.input_ids.split(batch.doc_lens), batch.labels.split(batch.doc_lens), strict=True)
+    for number, (ids, wanted) in enumerate(rows):
+        alone = micro_batch([document(number, ids.numpy(), wanted.numpy(), layout)], layout)
+        found = model(packed=alone, vision_features=features)
+        losses.append(found.document_loss)
+        labels.append(found.document_labels)
+    return Answers.of(torch.cat(losses), torch.cat(labels), batch.pair)
+
+
+def of_each_pair(answers: Answers) -> list[Answers]:
+    columns = (answers.chosen, answers.rejected, answers.chosen_labels, answers.rejected_labels)
+    return [Answers(*row) for row in zip(*(column.split(1) for column in columns), strict=True)]
+
+
+def print_pairs(title: str, ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    """Ours, and TRL's as far as it differs relatively, pair by pair."""
+    table = Table("pair", *ours, title=f"{title}: ours (relative difference to TRL's)")
+    for number in range(len(ours["chosen"])):
+        cells = ((float(ours[name][number]), float(theirs[name][number])) for name in ours)
+        table.add_row(str(number), *(f"{mine:.6f} ({mine / other - 1:+.1e})" for mine, other in cells))
+    Console().print(table)
 
 
 def as_lists(batch: MicroBatch) -> dict[str, list[list[int]]]:
