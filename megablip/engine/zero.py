@@ -9,7 +9,6 @@ each covered by a test; the supported range of versions stands in setup.cfg.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
@@ -164,16 +163,6 @@ class ZeroEngine:
         for name, parameter in self.module.named_parameters():
             with self._whole([parameter]):
                 yield name, parameter.detach().clone()
-
-    @contextmanager
-    def whole_module(self) -> Iterator[nn.Module]:
-        """The module with all weights gathered, in eval mode: for generation (a collective)."""
-        with self._whole(list(self.module.parameters())):
-            self.module.eval()
-            try:
-                yield self.module
-            finally:
-                self.module.train()
 
     def _whole(self, parameters: list[nn.Parameter]) -> Any:
         return deepspeed.zero.GatheredParameters(parameters, enabled=self._stage == 3)

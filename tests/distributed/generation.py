@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import numpy as np
 import torch
 from PIL import Image
@@ -46,7 +47,9 @@ def compare(topology: Topology, run_dir: str, export: str) -> dict[str, Any]:
     Image.fromarray(rng.integers(0, 255, (30, 20, 3), dtype=np.uint8)).save(buffer, "PNG")
     inputs = processor(text=["<image>red", "blue", "<image>far <image>"], images=[buffer.getvalue()] * 3)
     options = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12}
-    with engine.whole_module() as module:
+    module = engine.module.eval()
+    cut_up = ds_config["zero_optimization"]["stage"] == 3
+    with deepspeed.zero.GatheredParameters(list(module.parameters()), enabled=cut_up):
         if not trained:
             module.vision_tower = tower
         inside = module.generate(**inputs, **options).tolist()
