@@ -6,6 +6,10 @@ can be: turns laid end to end, each the same wherever it stands.
 
     preamble  [opening content closing]  [opening content closing]  ...
 
+bos and eos at the very ends are no part of it: a document has its own.  Last, one
+conversation is encoded piece by piece, as documents are, and as a whole, as
+transformers does it: the ids must be the same.
+
 A tokenizer that has Phi-3's tokens and no template gets Phi-3's format.
 """
 
@@ -36,14 +40,17 @@ class ChatFormat:
 
     Attributes:
         preamble: ids before a first turn that is not the system's, bos left out.
-        opening, closing: of a turn, by role; "system" is missing where the template has none.
+        opening, closing: of a turn, by role; "system" is missing where the template has none. The
+            assistant's opening is empty where the user's closing always brings it along.
         end_of_turn: how many of the assistant's closing ids are trained: up to the first control token.
+        answer_end_ids: that token, which ends an answer; none where the template has none, and only eos does.
     """
 
     preamble: tuple[int, ...]
     opening: dict[Role, tuple[int, ...]]
     closing: dict[Role, tuple[int, ...]]
     end_of_turn: int
+    answer_end_ids: tuple[int, ...]
 
     def user_turn(self, tokenizer: Tokenizer) -> tuple[list[int], int]:
         """What a user's turn is known by in a row of ids: the ids that begin it, and the one that ends it.
@@ -63,7 +70,8 @@ def chat_format(tokenizer: Tokenizer, folder: Path) -> ChatFormat | None:
 
     Raises:
         ConfigError: a template that is not turns laid end to end, or whose turns
-            open with plain text, which any document could forge.
+            open with plain text, which any document could forge, or a tokenizer that gives
+            other ids piece by piece.
     """
     template, names = _template(folder)
     if template is None:
@@ -80,8 +88,7 @@ def end_ids(tokenizer: Tokenizer, folder: Path) -> list[int]:
         ConfigError: as `chat_format`.
     """
     chat = chat_format(tokenizer, folder)
-    turn = chat.closing["assistant"][: chat.end_of_turn][-1:] if chat else ()
-    return [tokenizer.eos_id, *(token for token in turn if token in tokenizer.control_ids - {tokenizer.eos_id})]
+    return [tokenizer.eos_id, *(token for token in (chat.answer_end_ids if chat else ()) if token != tokenizer.eos_id)]
 
 
 class _Prober:
@@ -96,21 +103,23 @@ class _Prober:
             self._refuse(f"it is no template: {error}")
 
     def format(self) -> ChatFormat:
-        start, user_closing, between, tail = self._pieces("user", "assistant", "user", "assistant", ends=(0, 1, 2, 4))
-        assistant_closing = tail
-        if not between.startswith(assistant_closing):
+        start, first_answer, between, last_answer, tail = self._pieces("user", "assistant", "user", "assistant")
+        if first_answer != last_answer:
+            self._refuse(f"the last answer opens with {last_answer!r}, the one before with {first_answer!r}")
+        assistant_closing = self._at_the_end(tail, between)
+        if assistant_closing is None:
             self._refuse("an assistant's turn ends in another way at the end")
         user_opening = between[len(assistant_closing) :]
         if not start.endswith(user_opening):
             self._refuse("the first user's turn opens in another way")
         preamble = start[: len(start) - len(user_opening)]
-        _, asked = self._pieces("user")
-        if not user_closing.startswith(asked):
+        user_closing = self._at_the_end(self._pieces("user")[1], first_answer)
+        if user_closing is None:
             self._refuse("a user's turn ends in another way at the end")
-        opening = {"user": user_opening, "assistant": user_closing[len(asked) :]}
-        closing = {"user": asked, "assistant": assistant_closing}
+        opening = {"user": user_opening, "assistant": first_answer[len(user_closing) :]}
+        closing = {"user": user_closing, "assistant": assistant_closing}
         try:
-            system_start, system_rest = self._pieces("system", "user", "assistant", ends=(0, 1))
+            system_start, system_rest, *_ = self._pieces("system", "user", "assistant")
         except ConfigError:  # the template refuses such turns, or leaves them out
             pass
         else:
@@ -118,37 +127,81 @@ class _Prober:
                 self._refuse("the user's turn opens in another way after the system's")
             opening["system"] = system_start
             closing["system"] = system_rest[: len(system_rest) - len(user_opening)]
-        return self._ids(preamble, opening, closing)
+        found = self._ids(preamble, opening, closing)
+        asked = self._pieces("user", add_generation_prompt=True)[1]
+        if asked != first_answer:
+            self._refuse(f"add_generation_prompt writes {asked!r}, but before an answer stands {first_answer!r}")
+        self._compare(found, "user", "assistant", "user")
+        if "system" in opening:
+            self._compare(found, "system", "user", "assistant", "user")
+        return found
 
-    def _pieces(self, *roles: Role, ends: tuple[int, ...] | None = None) -> list[str]:
-        """The text before, between and after the turns' contents; `ends` selects some."""
-        messages = [{"role": role, "content": _PROBES[role]} for role in roles]
-        try:
-            text = self._template.render(messages=messages, add_generation_prompt=False, **self._names)
-        except (TemplateError, TypeError, ValueError) as error:
-            self._refuse(f"it can't be rendered: {error}")
+    def _at_the_end(self, text: str, following: str) -> str | None:
+        """What closes a turn, from the text after the last one; None unless it opens `following` too.
+
+        A template may write eos once, after the last turn (Phi-3's does).
+        """
+        for token in ("", self._names.get("eos_token"), self._names.get("bos_token")):
+            if token is not None and text.endswith(token) and following.startswith(text.removesuffix(token)):
+                return text.removesuffix(token)
+        return None
+
+    def _pieces(self, *roles: Role, add_generation_prompt: bool = False) -> list[str]:
+        """The text before, between and after the turns' contents."""
+        text = self._render(*roles, add_generation_prompt=add_generation_prompt)
         pieces = re.split("|".join(_PROBES.values()), text)
         if len(pieces) != len(roles) + 1:
             self._refuse(f"a conversation of {len(roles)} turns shows {len(pieces) - 1} of them")
-        return pieces if ends is None else [pieces[number] for number in ends]
+        return pieces
+
+    def _render(self, *roles: Role, add_generation_prompt: bool) -> str:
+        messages = [{"role": role, "content": _PROBES[role]} for role in roles]
+        try:
+            return self._template.render(messages=messages, add_generation_prompt=add_generation_prompt, **self._names)
+        except (TemplateError, TypeError, ValueError) as error:
+            self._refuse(f"it can't be rendered: {error}")
 
     def _ids(self, preamble: str, opening: dict[Role, str], closing: dict[Role, str]) -> ChatFormat:
-        encode = self._tokenizer.encode_template
         control = self._tokenizer.control_ids
-        first = encode(preamble)
-        if first[:1] == [self._tokenizer.bos_id]:
-            first = first[1:]
-        openings = {role: tuple(encode(text)) for role, text in opening.items()}
-        openings = {
-            role: ids[1:] if role == "system" and ids[:1] == (self._tokenizer.bos_id,) else ids
-            for role, ids in openings.items()
-        }
-        closings = {role: tuple(encode(text)) for role, text in closing.items()}
+        openings = {role: self._encode(text) for role, text in opening.items()}
+        if "system" in openings:
+            openings["system"] = self._without_bos(openings["system"])
+        closings = {role: self._encode(text) for role, text in closing.items()}
         for role, ids in openings.items():
+            if role == "assistant" and not ids:
+                ids = closings["user"]
             if not control & set(ids):
                 self._refuse(f"the {role}'s turn opens with plain text, so that any text could forge a turn")
-        ends = [number for number, token in enumerate(closings["assistant"], 1) if token in control]
-        return ChatFormat(tuple(first), openings, closings, ends[0] if ends else len(closings["assistant"]))
+        answer_closing = closings["assistant"]
+        ends = [number for number, token in enumerate(answer_closing, 1) if token in control]
+        end_of_turn = ends[0] if ends else len(answer_closing)
+        answer_end_ids = answer_closing[end_of_turn - 1 : end_of_turn] if ends else ()
+        preamble_ids = self._without_bos(self._encode(preamble))
+        return ChatFormat(preamble_ids, openings, closings, end_of_turn, answer_end_ids)
+
+    def _compare(self, found: ChatFormat, *roles: Role) -> None:
+        """Refuse a format whose pieces give other ids than the whole text of a conversation with these turns."""
+        whole = self._without_bos(self._encode(self._render(*roles, add_generation_prompt=True)))
+        laid = () if roles[0] == "system" else found.preamble
+        for role in roles:
+            laid += found.opening[role] + tuple(self._tokenizer.encode(_PROBES[role])) + found.closing[role]
+        laid += found.opening["assistant"]
+        if laid != whole:
+            place = next((n for n, ids in enumerate(zip(laid, whole, strict=False)) if ids[0] != ids[1]), len(whole))
+            ours, theirs = (self._tokenizer.names(ids[max(place - 1, 0) : place + 3]) for ids in (laid, whole))
+            raise ConfigError(
+                "the tokenizer gives other ids for a conversation turn by turn, as training lays it, than for its "
+                f"whole text: {ours}, not {theirs}",
+                where=str(self._folder),
+                remedy="if it puts a space before each text, turn that off in tokenizer.json (prepend_scheme: never), "
+                "or write a chat_template.jinja where each message stands alone between two control tokens",
+            )
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer.encode_template(text))
+
+    def _without_bos(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        return ids[1:] if ids[:1] == (self._tokenizer.bos_id,) else ids
 
     def _refuse(self, why: str) -> NoReturn:
         raise ConfigError(

@@ -103,6 +103,10 @@ class Tokenizer:
         """The same with control tokens by their names, for people to look at."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
+    def names(self, ids: Iterable[int]) -> list[str]:
+        """Each id's name in the vocabulary, where a space or a line's end is a mark that can be seen."""
+        return [self._tokenizer.id_to_token(number) for number in ids]
+
     def id_of(self, token: str) -> int | None:
         """The id of a token, control tokens included; None if there is no such token."""
         return self._tokenizer.token_to_id(token)

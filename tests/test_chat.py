@@ -13,7 +13,7 @@ from megablip.data.encode import Encoder
 from megablip.errors import ConfigError
 from megablip.records import IGNORE_LABEL, Document, Image, Text
 from megablip.tokens import CHAT_TOKENS, PHI3_TEMPLATE, Tokenizer
-from tests.data.small import LAYOUT, image, write_tokenizer
+from tests.data.small import LAYOUT, PHI3_TEMPLATES, image, write_phi3_tokenizer, write_tokenizer
 
 # In transformers' own style, each with the tag that marks what the assistant says.
 CHATML = (
@@ -160,6 +160,60 @@ def test_images_in_any_turn_are_never_trained(both):
     assert encoded.labels[~slots].tolist() == plain.labels.tolist()
 
 
+@pytest.mark.parametrize("byte_level", [False, True])
+@pytest.mark.parametrize("form", PHI3_TEMPLATES)
+def test_phi3s_own_templates_give_transformers_ids(form, byte_level, tmp_path):
+    folder = write_phi3_tokenizer(tmp_path, PHI3_TEMPLATES[form], byte_level)
+    encoder, hugging_face = Encoder(str(folder), LAYOUT), AutoTokenizer.from_pretrained(folder)
+    tokenizer, chat = encoder.tokenizer, encoder.require_chat()
+    system = [Text("be good", False, "system")] if form == "new" else []
+    assert ("system" in chat.opening) == bool(system)
+    segments = [*system, *turns("a dog", "the cat", "a 3", "4")]
+
+    def theirs(segments, **options):
+        messages = [{"role": segment.role, "content": segment.text} for segment in segments]
+        ids = hugging_face.apply_chat_template(messages, **options)["input_ids"]
+        return ids if form == "old" else [tokenizer.bos_id, *ids]  # documents have a bos
+
+    encoded = encoder.encode(Document(tuple(segments), "s", "k")).input_ids.tolist()
+    assert encoded + [tokenizer.eos_id] * (form == "new") == theirs(segments)
+    asked = encoder.encode_prompt(Document(tuple(segments[:-1]), "s", "k")).input_ids.tolist()
+    assert asked == theirs(segments[:-1], add_generation_prompt=True)
+    assert encoded[: len(asked)] == asked
+    assert tokenizer.names(encoded[len(asked) :])[-1] == "<|end|>"  # the line's end is part of it
+    assert tokenizer.names(chat.answer_end_ids) == ["<|end|>"]
+    assert end_ids(tokenizer, folder) == [tokenizer.eos_id, *chat.answer_end_ids]
+    begin, end = chat.user_turn(tokenizer)
+    assert tokenizer.names([*begin, end]) == ["<|user|>", "<|end|>"]
+
+
+def test_a_tokenizer_that_gives_other_ids_turn_by_turn_is_refused(tmp_path):
+    """Each text alone gets a space at its head, the same text after a line's end none."""
+    (tmp_path / "phi3").mkdir()
+    folder = write_phi3_tokenizer(tmp_path / "phi3", PHI3_TEMPLATES["new"], rstrip=False)
+    with pytest.raises(ConfigError, match=r"'<0x0A>', '▁', .* not .*'<0x0A>', '<0x71>'") as caught:
+        chat_format(Tokenizer(folder), folder)
+    assert "prepend_scheme" in caught.value.remedy
+    for scheme in ("first", "always"):
+        (tmp_path / scheme).mkdir()
+        folder = make(tmp_path / scheme, CHATML, TOKENS["chatml"])
+        path = str(folder / "tokenizer.json")
+        tokenizer = tokenizers.Tokenizer.from_file(path)
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace("▁", prepend_scheme=scheme)
+        tokenizer.save(path)
+        with pytest.raises(ConfigError, match="other ids for a conversation turn by turn"):
+            chat_format(Tokenizer(folder), folder)
+
+
+def test_an_answer_that_no_control_token_ends(tmp_path):
+    folder = make(tmp_path, CHATML.replace("+ '<|im_end|>' }}{% endgeneration", "}}{% endgeneration"), TOKENS["chatml"])
+    tokenizer = Tokenizer(folder)
+    found = chat_format(tokenizer, folder)
+    assert found.closing["assistant"] == tuple(tokenizer.encode("\n"))
+    assert found.answer_end_ids == ()
+    assert end_ids(tokenizer, folder) == [tokenizer.eos_id]
+
+
 def test_phi3s_tokens_without_a_template_give_phi3s_format(tmp_path):
     (tmp_path / "with").mkdir()
     (tmp_path / "without").mkdir()
@@ -184,6 +238,13 @@ def test_a_template_of_its_own_file_comes_first(tmp_path):
         chat_format(Tokenizer(folder), folder)
 
 
+# As Qwen3 does: what it thought is left out of all answers but the last.
+THINKS = CHATML.replace(
+    "{% generation %}{{ message",
+    "{% generation %}{% if loop.last %}{{- '<think>\n\n</think>\n\n' }}{% endif %}{{- message",
+)
+
+
 @pytest.mark.parametrize(
     ("template", "words"),
     [
@@ -193,6 +254,10 @@ def test_a_template_of_its_own_file_comes_first(tmp_path):
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "can't be rendered"),
         ("{% for m in messages %}{{ m.role + ': ' + m.content + '<|im_end|>' }}{% endfor %}", "forge a turn"),
         (CHATML.replace("{{- '\n' }}", "{{- '\n' if not loop.last }}"), "first user's turn opens in another way"),
+        (CHATML + "{% if not add_generation_prompt %}{{ '<|im_end|>' }}{% endif %}", "ends in another way at the end"),
+        (THINKS, "the last answer opens with .*<think>"),
+        (CHATML.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n"), "add_generation_prompt writes"),
+        (CHATML.partition("{%- if add_generation_prompt")[0], "add_generation_prompt writes"),
     ],
 )
 def test_templates_that_are_no_format_are_refused(tmp_path, template, words):

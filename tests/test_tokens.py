@@ -4,8 +4,8 @@ import pickle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models, normalizers
 from tokenizers import Tokenizer as HFTokenizer
-from tokenizers import decoders, models, normalizers
 
 from megablip.errors import ConfigError
 from megablip.tokens import CHAT_TOKENS, VISION_TOKENS, Tokenizer
@@ -22,7 +22,8 @@ def write_tokenizer(folder, control=CONTROL, **names):
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    tokenizer.add_special_tokens(control)
+    is_chat = set(CHAT_TOKENS.values()).__contains__  # white space after these is theirs
+    tokenizer.add_special_tokens([AddedToken(token, rstrip=is_chat(token), normalized=False) for token in control])
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", **names}))
     return folder

@@ -79,8 +79,7 @@ class RejectedAnswers:
     def __init__(self, answerer: Answerer, step: int, decoding: Decoding, system_prompt: str | None = None):
         self._answerer, self._step, self._decoding = answerer, step, decoding
         self._config = SourceConfig(name="pairs", shards="", schema="preference", weight=1, system_prompt=system_prompt)
-        chat = answerer.encoder.require_chat()
-        self._ends = [chat.closing["assistant"][chat.end_of_turn - 1], answerer.encoder.tokenizer.eos_id]
+        self._ends = [*answerer.encoder.require_chat().answer_end_ids, answerer.encoder.tokenizer.eos_id]
         context = getattr(answerer.model.config.get_text_config(), "max_position_embeddings", None)
         self._prompt_tokens = context - decoding.max_new_tokens if context else None
 

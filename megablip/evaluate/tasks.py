@@ -106,8 +106,7 @@ def ask(answerer: Answerer, questions: list[Question], end: str, decoding: Decod
     """
     tokenizer = answerer.encoder.tokenizer
     if end == "turn":
-        chat = answerer.encoder.require_chat()
-        ends = [chat.closing["assistant"][chat.end_of_turn - 1]]
+        ends = list(answerer.encoder.require_chat().answer_end_ids)
     elif end == "chunk":
         ends = [tokenizer.end_of_chunk_id]
     else:

@@ -27,6 +27,9 @@ from megablip.tokens import CHAT_TOKENS, END_OF_CHUNK_TOKEN, IMAGE_TOKEN, PAD_TO
 _OPEN, _CLOSE = "\U000f0000", "\U000f0001"
 _MARKED = re.compile(f"{_OPEN}(.*?){_CLOSE}", re.DOTALL)
 
+# White space as tokenizers has it: Unicode's, which leaves out four characters that Python's has.
+_SPACE = r"[^\S\x1c-\x1f]"
+
 # What PNG can hold of Pillow's modes; others become RGB.
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 
@@ -42,6 +45,7 @@ class Blip3Processor(ProcessorMixin):
     `apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)`
     goes from messages, images among them, to the model's inputs: the ids that training
     gives the same conversation.  There no text of a message can be a control token.
+    (Without `add_generation_prompt` some templates, such as Phi-3's, write eos too.)
 
     Args:
         tokenizer: a Hugging Face tokenizer with these tokens and `<pad>`.
@@ -199,16 +203,24 @@ class Blip3Processor(ProcessorMixin):
                 continue
             if _OPEN in piece or _CLOSE in piece:
                 raise ConfigError("the chat template takes the text of a message apart", remedy="write a plain one")
-            for part in re.split(f"({'|'.join(map(re.escape, markers))})", piece):
+            for part in re.split(f"({'|'.join(map(re.escape, markers))})", self._without_owned_space(piece, markers)):
                 if part == IMAGE_TOKEN:
                     row += [markers[IMAGE_TOKEN]] * self.layout.visual_tokens(next(grids))
                 elif part not in markers:
-                    # A line's end after a control token belongs to it, and is encoded with it in training.
-                    end = "\n" if part.startswith("\n") and row and row[-1] in markers.values() else ""
-                    row += self._encode_text(end) + self._encode_text(part.removeprefix(end))
+                    row += self._encode_text(part)
                 elif markers[part] != bos or row != [bos]:  # of two bos at the start the template wrote one
                     row.append(markers[part])
         return row
+
+    def _without_owned_space(self, piece: str, markers: dict[str, int]) -> str:
+        """`piece` without the white space that belongs to the markers beside it, as Phi-3's line ends do."""
+        added = self.tokenizer.added_tokens_decoder
+        for token, number in markers.items():
+            if added[number].lstrip:
+                piece = re.sub(rf"{_SPACE}+(?={re.escape(token)})", "", piece)
+            if added[number].rstrip:
+                piece = re.sub(rf"(?<={re.escape(token)}){_SPACE}+", "", piece)
+        return piece
 
     def _encode_text(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] if text else []
@@ -230,10 +242,14 @@ class Blip3Processor(ProcessorMixin):
 
         special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         found: set[str] = set()
-        for roles in (("user", "assistant"), ("system", "user")):  # some templates refuse the system's turn
+        for roles, asked in (
+            (("user", "assistant"), True),
+            (("user", "assistant"), False),  # some write eos here
+            (("system", "user"), True),  # some refuse the system's turn
+        ):
             with suppress(TemplateError):
                 messages = [{"role": role, "content": ""} for role in roles]
-                text = super().apply_chat_template(messages, add_generation_prompt=True)
+                text = super().apply_chat_template(messages, add_generation_prompt=asked)
                 found |= {token for token in special if token in text}
         return found
 

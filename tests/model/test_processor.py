@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers import AddedToken
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
 from megablip.data.encode import Encoder
@@ -15,6 +16,7 @@ from megablip.records import Document, Text, VisualLayout
 from megablip.records import Image as ImageSegment
 from megablip.tokens import Tokenizer
 
+from ..data.small import PHI3_TEMPLATES, write_phi3_tokenizer
 from ..test_tokens import CHAT, CONTROL, write_tokenizer
 from .tiny import tiny_model
 
@@ -138,9 +140,10 @@ CHATML = (
 
 def test_a_tokenizers_own_format(tmp_path):
     """ChatML, as Qwen has it, with a bos that the template writes itself."""
-    write_tokenizer(tmp_path, [*CONTROL, "<|im_start|>", "<|im_end|>"], bos_token="<s>", pad_token="<pad>")
-    (tmp_path / "chat_template.jinja").write_text(CHATML)
+    write_phi3_tokenizer(tmp_path, CHATML, byte_level=True)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.save_pretrained(tmp_path)
     processor = Blip3Processor(tokenizer, LAYOUT.tile_size, LAYOUT.patch_size, LAYOUT.tokens_per_tile, LAYOUT.grids)
     assert processor.chat_template == CHATML
     messages, document = conversation(
@@ -157,6 +160,43 @@ def test_a_tokenizers_own_format(tmp_path):
     template = "{{ messages[0].content.split('a')[1] }}"
     with pytest.raises(ConfigError, match="takes the text of a message apart"):
         processor.apply_chat_template([{"role": "user", "content": "a"}], template, tokenize=True)
+
+
+@pytest.mark.parametrize("byte_level", [False, True])
+@pytest.mark.parametrize("form", PHI3_TEMPLATES)
+def test_phi3s_own_templates_and_flags(form, byte_level, tmp_path):
+    """White space after its tokens is theirs: so say training, transformers and the processor, in a step or two."""
+    write_phi3_tokenizer(tmp_path, PHI3_TEMPLATES[form], byte_level)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    processor = Blip3Processor(tokenizer, LAYOUT.tile_size, LAYOUT.patch_size, LAYOUT.tokens_per_tile, LAYOUT.grids)
+    encoder = Encoder(str(tmp_path), LAYOUT)
+    messages, document = conversation(("user", ["a dog"]), ("assistant", ["the cat"]), ("user", ["a 3"]))
+    trained = encoder.encode_prompt(document).input_ids.tolist()
+    ids = processor.apply_chat_template(messages, tokenize=True, add_generation_prompt=True)[0].tolist()
+    in_two_steps = processor(processor.apply_chat_template(messages, add_generation_prompt=True))["input_ids"][0]
+    plain = [message | {"content": message["content"][0]["text"]} for message in messages]
+    theirs = tokenizer.apply_chat_template(plain, add_generation_prompt=True)["input_ids"]
+    assert ids == trained == in_two_steps.tolist() == [1] * (form == "new") + theirs
+    assert "\n" not in tokenizer.decode(ids)
+    # Of a whole conversation the new form writes eos, as no document does.
+    messages, document = conversation(("user", ["a"]), ("assistant", ["a"]))
+    ids = processor.apply_chat_template(messages, tokenize=True)[0].tolist()
+    assert ids == encoder.encode(document).input_ids.tolist() + [tokenizer.eos_token_id] * (form == "new")
+    # With an image, whose marker has no space of its own, and a text that begins with a line's end.
+    messages, document = conversation(("user", [png(picture(40, 16)), "\na "]), ("assistant", ["a"]), ("user", ["a"]))
+    ids = processor.apply_chat_template(messages, tokenize=True, add_generation_prompt=True)[0].tolist()
+    assert ids == encoder.encode_prompt(document).input_ids.tolist()
+
+
+def test_white_space_before_and_after_a_marker_is_its_own_if_it_says_so(chat_folder):
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(chat_folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<|sep|>", lstrip=True)]})
+    template = "{{ '<|sep|>' + messages[0].content }}"
+    processor = Blip3Processor(tokenizer, *(16, 4, 3), LAYOUT.grids, chat_template=template)
+    for prompt in ("a \u2003\n<|sep|> a", "\n<|sep|>\n", "a\x1c<|sep|>a", "a <|sep|><|sep|> <|sep|>a"):
+        assert (
+            processor(prompt)["input_ids"][0].tolist()[1:] == (tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        ), prompt
 
 
 def test_a_prompt_as_text_can_be_encoded_in_a_second_step(chat_folder):

@@ -54,8 +54,7 @@ def make_pairs(answerer: Answerer, count: int, seed: int, counts: Counter[str]) 
         words = {"loss": False, "role": "user"}
         segments = (Text("", **words), Image(exchange.pictures[0].jpeg), Text(f"\n{exchange.question}", **words))
         prompts.append(Document(segments, "pairs", str(number)))
-    chat = answerer.encoder.require_chat()
-    ends = [chat.closing["assistant"][chat.end_of_turn - 1], answerer.encoder.tokenizer.eos_id]
+    ends = [*answerer.encoder.require_chat().answer_end_ids, answerer.encoder.tokenizer.eos_id]
     answers = answerer.answer(prompts, Decoding(16, temperature=1.0), ends, "sampling answers")
     for number, (exchange, answer) in enumerate(zip(exchanges, answers, strict=True)):
         other = rejected(exchange, answer, streams[2])
