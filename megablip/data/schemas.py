@@ -111,7 +111,9 @@ def conversation(members: Members, source: SourceConfig) -> Segments:
     then the user's and the assistant's in turn.  Each `<image>` in a user's text is
     the next image; where no turn has one, the first user turn gets all images at
     its head, each on a line.  The images are those that "image" or "images" names,
-    if all are members, else all image members by number.  There may be none.
+    if all are members.  If none is (LLaVA names paths of COCO), as many image members
+    are wanted, by number.  Where nothing is named, all image members are shown; there
+    may be none.
     """
     content = read_json(members)
     turns = [
@@ -214,11 +216,24 @@ def _turn(turn: Any, number: int) -> tuple[Role, str]:
 
 
 def _chat_images(members: Members, content: dict[str, Any]) -> list[Image]:
-    named = content.get("images", content.get("image"))
-    named = [named] if isinstance(named, str) else named if isinstance(named, list) else []
-    if not named or not all(isinstance(name, str) and name in members for name in named):
-        named = image_names(members)
-    return [image(members, name) for name in named]
+    """The images that "images" or "image" names, or all, if neither names any.
+
+    Raises:
+        SampleError: some of the named ones, or another number of images, are members.
+    """
+    field = "images" if content.get("images") else "image"
+    named = content.get(field) or []
+    named = named if isinstance(named, list) else [named]
+    found = image_names(members)
+    given = [isinstance(name, str) and name in found for name in named]
+    if any(given):
+        if not all(given):
+            absent = named[given.index(False)]
+            raise SampleError(f'"{field}" names {str(absent)[:80]!r}, which is no image of the sample, as others are')
+        found = named
+    elif named and len(named) != len(found):
+        raise SampleError(f'"{field}" names {len(named)} images, but {len(found)} are among the members')
+    return [image(members, name) for name in found]
 
 
 def _chat(turns: list[tuple[Role, str]], images: list[Image], source: SourceConfig) -> Segments:
@@ -226,14 +241,18 @@ def _chat(turns: list[tuple[Role, str]], images: list[Image], source: SourceConf
 
     A turn that begins with an image has an empty text first, which says whose turn it is.
     """
+    places = sum(words.count(IMAGE_TOKEN) for role, words in turns if role == "user")
+    if places and places != len(images):
+        raise SampleError(f"{places} {IMAGE_TOKEN} in the turns, but {len(images)} images in the sample")
+    if images and not places:
+        for number, (role, words) in enumerate(turns):
+            if IMAGE_TOKEN in words:
+                raise SampleError(f"{IMAGE_TOKEN} stands in turn {number}, of the {role}, and only users show images")
     if source.system_prompt and turns[0][0] != "system":
         turns = [("system", source.system_prompt), *turns]
     asked = [number for number, (role, _) in enumerate(turns) if role == "user"]
     if not any(role == "assistant" for role, _ in turns):
         raise SampleError("no turn is the assistant's: there is nothing to train on")
-    places = sum(turns[number][1].count(IMAGE_TOKEN) for number in asked)
-    if places and places != len(images):
-        raise SampleError(f"{places} {IMAGE_TOKEN} in the turns, but {len(images)} images in the sample")
     remaining = iter(images)
     segments: Segments = []
     for number, (role, words) in enumerate(turns):

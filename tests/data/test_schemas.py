@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 
 import pytest
 from hypothesis import given
@@ -169,17 +170,81 @@ def test_a_source_may_have_a_system_prompt():
     ("named", "expected"),
     [
         ({"images": ["1.jpg", "0.jpg"]}, [B, A]),
-        ({"images": ["coco/1.jpg", "0.jpg"]}, [A, B]),  # paths of the set's own folders: by number
+        ({"images": ["coco/1.jpg", "coco/0.jpg"]}, [A, B]),  # paths of the set's own folders: by number
         ({"images": [{"path": "x"}, {"path": "y"}]}, [A, B]),
         ({"image": "1.jpg"}, [B]),
         ({"image": None}, [A, B]),
-        ({"images": 3}, [A, B]),
+        ({"images": []}, [A, B]),
+        ({"images": None, "image": "1.jpg"}, [B]),
     ],
 )
 def test_which_images_a_conversation_shows(named, expected):
     content = {"conversations": [TURN, ANSWER], **named}
     document = read("conversation", **{"0.jpg": b"A", "1.jpg": b"B"}, json=content)
     assert [segment for segment in document.segments if isinstance(segment, Image)] == expected
+
+
+LLAVA = {"id": "1", "image": "coco/train2017/000000033471.jpg"}
+
+
+@pytest.mark.parametrize(
+    ("content", "images", "expected"),
+    [
+        (LLAVA, {"jpg": b"A"}, [user(""), A, user("\nWhy?"), assistant("So.")]),
+        ({"id": "1", "image": "000000033471.jpg"}, {"jpg": b"A"}, [user(""), A, user("\nWhy?"), assistant("So.")]),
+        (
+            {"images": [{"bytes": None, "path": "a"}] * 2},
+            {"0.jpg": b"A", "1.jpg": b"B"},
+            [user(""), A, B, user("\nWhy?"), assistant("So.")],
+        ),
+        ({"id": "1"}, {}, [user("Why?"), assistant("So.")]),
+        ({"image": None}, {}, [user("Why?"), assistant("So.")]),
+        ({"image": ""}, {}, [user("Why?"), assistant("So.")]),
+        ({"images": []}, {}, [user("Why?"), assistant("So.")]),
+    ],
+)
+def test_conversations_as_llava_and_mantis_have_them(content, images, expected):
+    value = "<image>" * len(images) + "\nWhy?"
+    content = {**content, "conversations": [{"from": "human", "value": value}, ANSWER]}
+    assert list(read("conversation", **images, json=content).segments) == expected
+
+
+@pytest.mark.parametrize(
+    ("named", "images", "message"),
+    [
+        (LLAVA, {}, '"image" names 1 images, but 0 are among the members'),
+        ({"image": "coco/1.jpg"}, {"0.jpg": b"A", "1.jpg": b"B"}, '"image" names 1 images, but 2 are'),
+        ({"images": ["a", "b", "c"]}, {"0.jpg": b"A", "1.jpg": b"B"}, '"images" names 3 images, but 2 are'),
+        ({"images": 3}, {"0.jpg": b"A", "1.jpg": b"B"}, '"images" names 1 images, but 2 are'),
+        ({"images": [None]}, {}, '"images" names 1 images, but 0 are'),
+        ({"images": ["1.jpg", "2.jpg"]}, {"0.jpg": b"A", "1.jpg": b"B"}, "'2.jpg', which is no image of the sample"),
+        ({"images": ["json"]}, {}, '"images" names 1 images, but 0 are'),
+    ],
+)
+def test_named_images_that_are_no_members_are_errors(named, images, message):
+    asked = {"conversations": [TURN, ANSWER], "prompt": "Why?", "chosen": "So.", "rejected": "No."}
+    for schema in ("conversation", "preference"):
+        with pytest.raises(SampleError, match=re.escape(message)):
+            read_all(schema, **images, json=asked | named)
+
+
+def test_an_image_that_only_others_than_users_mark_is_an_error():
+    marked = {"from": "gpt", "value": "<image> So."}
+    for turns, message in (
+        ([TURN, marked], "<image> stands in turn 1, of the assistant"),
+        ([{"from": "system", "value": "See <image>."}, TURN, ANSWER], "<image> stands in turn 0, of the system"),
+    ):
+        with pytest.raises(SampleError, match=message):
+            read("conversation", jpg=b"A", json={"conversations": turns})
+    for answers in ({"chosen": "<image>", "rejected": "No."}, {"chosen": "So.", "rejected": "<image>"}):
+        with pytest.raises(SampleError, match="of the assistant"):
+            read_all("preference", jpg=b"A", json={"prompt": "Why?", **answers})
+    # A user shows the image, or a source's own prompt speaks of them: then it is text.
+    shown = [{"from": "human", "value": "<image>"}, marked]
+    assert read("conversation", jpg=b"A", json={"conversations": shown}).segments[-1] == assistant("<image> So.")
+    members = {"jpg": b"A", "json": json.dumps({"conversations": [TURN, ANSWER]}).encode()}
+    (document,) = SCHEMAS["conversation"](members, source("conversation", system_prompt="See <image>."), "k")
+    assert document.segments[:3] == (system("See <image>."), user(""), A)
 
 
 def test_a_preference_is_two_documents_with_one_prompt():
