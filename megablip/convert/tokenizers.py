@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megablip.errors import ConfigError
 from megablip.model.processor import Blip3Processor
@@ -20,7 +20,8 @@ def extended_tokenizer(source: Path, folder: Path) -> Tokenizer:
         ConfigError: there is no tokenizer in `source`.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        # Not its class: those of Llama and others make the file anew and leave out how it treats spaces.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
     except Exception as error:  # transformers raises all kinds
         raise ConfigError(f"the tokenizer can't be read: {error}", where=str(source), remedy="check the path") from None
     known = tokenizer.get_vocab()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -21,9 +22,12 @@ from transformers import (
 from megablip.chat import end_ids
 from megablip.checkpoint.export import ExportReader
 from megablip.convert.init import init_model
+from megablip.data.encode import Encoder
 from megablip.errors import CheckpointError, ConfigError
+from megablip.records import Document, Text
 from megablip.tokens import Tokenizer
 from tests.convert.test_xgenmm import fake_phi3_tokenizer
+from tests.data.small import PHI3_TEMPLATES, write_phi3_tokenizer
 from tests.small_export import SETTINGS, make_ingredients
 
 
@@ -52,6 +56,27 @@ def test_init_makes_a_folder_that_loads(tmp_path, ingredients):
     assert (ids == model.config.image_token_id).sum() % SETTINGS["sampler"]["num_latents"] == 0
     assert model.config.text_config.vocab_size == len(processor.tokenizer)
     assert model.generation_config.eos_token_id == end_ids(Tokenizer(output), output)
+
+
+@pytest.mark.parametrize("form", PHI3_TEMPLATES)
+def test_init_leaves_phi3s_tokenizer_as_it_is(tmp_path, ingredients, form):
+    """The class that its config names would be read by transformers without the space before each text."""
+    folder = write_phi3_tokenizer(tmp_path / "phi3", PHI3_TEMPLATES[form])
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "LlamaTokenizer", "legacy": False}))
+    output = init(ingredients, tmp_path / "start", tokenizer=folder)
+    made, given = (json.loads((path / "tokenizer.json").read_text()) for path in (output, folder))
+    for part in ("added_tokens", "normalizer", "pre_tokenizer", "model", "decoder"):
+        assert made[part] == given[part], part
+    processor = AutoProcessor.from_pretrained(output)
+    encoder = Encoder(str(output), processor.layout)
+    asked = processor.apply_chat_template(
+        [{"role": "user", "content": "a dog"}], tokenize=True, add_generation_prompt=True
+    )
+    prompt = Document((Text("a dog", loss=False, role="user"),), "source", "key")
+    assert asked[0].tolist() == encoder.encode_prompt(prompt).input_ids.tolist()
+    names = ["<s>", "<|user|>", "▁a", "▁", *"dog", "<|end|>", "<|assistant|>"]
+    assert processor.tokenizer.convert_ids_to_tokens(asked[0]) == names
 
 
 def test_init_depends_on_its_seed_alone(tmp_path, ingredients):
