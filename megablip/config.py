@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from megablip.errors import ConfigError
 
@@ -70,6 +70,7 @@ class Duration(Section):
 
 
 SchemaName = Literal["caption", "interleaved", "ocr", "grounding", "conversation", "text", "preference", "safety"]
+CHAT_SCHEMAS = frozenset({"conversation", "preference", "safety"})  # whose documents have turns
 
 
 class SourceConfig(Section):
@@ -110,8 +111,21 @@ class SourceConfig(Section):
         return self.weight if isinstance(self.weight, list) else [(0, self.weight)]
 
 
+def _agree(sources: list[SourceConfig]) -> list[SourceConfig]:
+    names = [source.name for source in sources]
+    if len(set(names)) != len(names):
+        raise ValueError(f"sources need distinct names, got {names}")
+    for source in sources:
+        if source.system_prompt and source.schema_name not in CHAT_SCHEMAS:
+            raise ValueError(f"{source.name}: a system_prompt is for conversations, not for '{source.schema_name}'")
+    return sources
+
+
+Sources = Annotated[list[SourceConfig], AfterValidator(_agree)]
+
+
 class DataConfig(Section):
-    sources: list[SourceConfig] = Field(min_length=1)
+    sources: Sources = Field(min_length=1)
     sequence_length: int = Field(gt=0)
     """Tokens of a packed sequence, visual tokens included."""
     max_tiles: int = Field(gt=0)
@@ -140,14 +154,6 @@ class DataConfig(Section):
             if not any(weights_at([source.weight_schedule for source in self.sources], step)):
                 raise ValueError(f"from step {step} on no source has a weight")
         return self
-
-    @field_validator("sources")
-    @classmethod
-    def _distinct_names(cls, sources: list[SourceConfig]) -> list[SourceConfig]:
-        names = [source.name for source in sources]
-        if len(set(names)) != len(names):
-            raise ValueError(f"sources need distinct names, got {names}")
-        return sources
 
 
 def weights_at(schedules: list[list[tuple[int, float]]], step: int) -> list[float]:
@@ -293,7 +299,7 @@ class LogConfig(Section):
 class HeldOutConfig(Section):
     """Data whose loss is measured on the way, never trained on."""
 
-    sources: list[SourceConfig] = operational([])
+    sources: Sources = operational([])
     """As in `data`; their weights mix the sequences that are measured. None: nothing is held out."""
     every_steps: int = operational(500, gt=0)
     """Steps between two measurements; the end of the training is one too."""
@@ -303,12 +309,9 @@ class HeldOutConfig(Section):
     @field_validator("sources")
     @classmethod
     def _can_be_counted(cls, sources: list[SourceConfig]) -> list[SourceConfig]:
-        names = [source.name for source in sources]
-        if len(set(names)) != len(names):
-            raise ValueError(f"sources need distinct names, got {names}")
         for source in sources:
-            if source.order == "shards" or isinstance(source.weight, list):
-                raise ValueError(f"{source.name}: held-out data has one weight and the order 'samples'")
+            if source.order == "shards" or isinstance(source.weight, list) or source.schema_name == "preference":
+                raise ValueError(f"{source.name}: held-out data has one weight, the order 'samples', and no pairs")
         return sources
 
 

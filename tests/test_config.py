@@ -218,6 +218,9 @@ def test_what_is_no_duration(text):
         changed(duration=text)
 
 
+HELD = {"name": "held", "shards": "held-*.tar", "schema": "caption", "weight": 1}
+
+
 def test_share_done_counts_the_unit_of_the_duration():
     assert Duration.model_validate("10 steps").done(steps=5, tokens=1000) == 0.5
     assert Duration.model_validate("1k tokens").done(steps=5, tokens=2000) == 2.0
@@ -250,6 +253,10 @@ def test_share_done_counts_the_unit_of_the_duration():
         ),
         ({"allow_changes": ["batch"]}, "allow_changes"),
         ({"data__sources__0__granularity": 7}, "granularity"),
+        ({"data__sources__0__system_prompt": "be brief"}, "a: a system_prompt is for conversations"),
+        ({"held_out__sources": [HELD | {"schema": "preference"}]}, "held: held-out data has .* no pairs"),
+        ({"held_out__sources": [HELD | {"system_prompt": "be brief"}]}, "held: a system_prompt is for"),
+        ({"held_out__sources": [HELD, HELD]}, "distinct names"),
     ],
 )
 def test_sources_and_stages_that_contradict_themselves(changes, words):
@@ -331,7 +338,6 @@ IDENTITY = {
     "data__sources__0__split": "text",
     "data__sources__0__order": "shards",
     "data__sources__0__granularity": 2,
-    "data__sources__0__system_prompt": "be brief",
     "data__sources__1__weight": 3,
     "data__sources__1__name": "c",
     "data__sources__0__shards": "c-*.tar",
@@ -377,6 +383,12 @@ def test_the_length_of_a_decay_may_not_change():
     assert identity_changes(changed(**wsd), other) == ["optimizer.decay: 5 steps -> 6 steps"]
 
 
+def test_a_system_prompt_may_not_change():
+    chat = {"data__sources__0__schema": "conversation"}
+    other = changed(**chat, data__sources__0__system_prompt="be brief")
+    assert identity_changes(changed(**chat), other) == ["data.sources.0.system_prompt: None -> 'be brief'"]
+
+
 def test_adapters_may_not_change():
     four, eight = changed(model__lora={"rank": 4}), changed(model__lora={"rank": 8})
     assert identity_changes(four, eight) == ["model.lora.rank: 4 -> 8"]
@@ -386,6 +398,7 @@ def test_adapters_may_not_change():
 def test_every_field_is_in_one_of_these_lists():
     """So that whoever adds a field decides whether a resumed run may change it."""
     listed = {key.replace("__", ".") for key in OPERATIONAL | IDENTITY} | {"optimizer.decay", "model.lora"}
+    listed |= {"data.sources.0.system_prompt"}
     dumped = yaml.safe_load(dump_config(changed()))
     assert {re.sub(r"\.[01]\.", ".*.", key) for key in listed} | {"stage"} == set(flat_keys(dumped))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from rich.progress import Progress
 
-from megablip.config import DataConfig, SourceConfig
+from megablip.config import CHAT_SCHEMAS, DataConfig, SourceConfig
 from megablip.data.cache import ShardCache, is_url
 from megablip.data.collate import lay_out
 from megablip.data.encode import Encoder, cut_piece, segments_of
@@ -21,7 +21,7 @@ from megablip.data.index import count_samples
 from megablip.data.lanes import LanePlanner
 from megablip.data.members import MAX_IMAGE_BYTES
 from megablip.data.order import ShardOrder, SourceOrder
-from megablip.data.schemas import CHAT_SCHEMAS, SCHEMAS
+from megablip.data.schemas import SCHEMAS
 from megablip.data.shards import HeadRule, ShardSource, expand_shards
 from megablip.errors import MegablipError, PackingError, SampleError
 from megablip.records import (

@@ -36,9 +36,6 @@ Schema = Callable[[Members, SourceConfig, str], tuple[Document, ...]]
 Segments = list[Text | Image]
 Role = Literal["system", "user", "assistant"]
 
-# Documents of these schemas are conversations: the tokenizer needs CHAT_TOKENS.
-CHAT_SCHEMAS = frozenset({"conversation", "preference", "safety"})
-
 MAX_SEGMENTS = 10_000  # texts and images of a document; no sequence holds so many
 MAX_TURNS = 1000
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megablip.config import SourceConfig
+from megablip.config import CHAT_SCHEMAS, SourceConfig
 from megablip.data import members as members_module
-from megablip.data.schemas import CHAT_SCHEMAS, SCHEMAS
+from megablip.data.schemas import SCHEMAS
 from megablip.errors import SampleError
 from megablip.records import Image, Text
 
