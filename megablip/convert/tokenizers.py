@@ -20,8 +20,10 @@ def extended_tokenizer(source: Path, folder: Path) -> Tokenizer:
         ConfigError: there is no tokenizer in `source`.
     """
     try:
-        # Not its class: those of Llama and others make the file anew and leave out how it treats spaces.
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
+        # Not the class that the config names: those of Llama and others make tokenizer.json anew, and leave out how it
+        # treats spaces.
+        as_it_is = (source / "tokenizer.json").exists()
+        tokenizer = (PreTrainedTokenizerFast if as_it_is else AutoTokenizer).from_pretrained(source)
     except Exception as error:  # transformers raises all kinds
         raise ConfigError(f"the tokenizer can't be read: {error}", where=str(source), remedy="check the path") from None
     known = tokenizer.get_vocab()
