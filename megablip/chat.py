@@ -96,7 +96,7 @@ class _Prober:
         self._tokenizer, self._folder = tokenizer, folder
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.globals |= {"raise_exception": _raise, "strftime_now": lambda form: ""}
-        self._names = {name: token for name, token in names.items() if name.endswith("_token")}
+        self._names = {name: token for name, token in names.items() if name.endswith("_token") and token is not None}
         try:
             self._template = environment.from_string(_GENERATION_TAG.sub("", template))
         except TemplateError as error:

@@ -205,6 +205,14 @@ def test_a_tokenizer_that_gives_other_ids_turn_by_turn_is_refused(tmp_path):
             chat_format(Tokenizer(folder), folder)
 
 
+def test_a_token_that_the_tokenizer_lacks_is_no_text(tmp_path):
+    """As Qwen's bos, which is null in its config."""
+    folder = make(tmp_path, "{{ bos_token }}" + CHATML, TOKENS["chatml"])
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"bos_token": None}))
+    assert chat_format(Tokenizer(folder), folder).preamble == ()
+
+
 def test_an_answer_that_no_control_token_ends(tmp_path):
     folder = make(tmp_path, CHATML.replace("+ '<|im_end|>' }}{% endgeneration", "}}{% endgeneration"), TOKENS["chatml"])
     tokenizer = Tokenizer(folder)
