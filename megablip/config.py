@@ -143,10 +143,8 @@ class DataConfig(Section):
     cache_dir: str | None = operational(None)
     """Folder of this node for copies of remote shards, shared by its ranks; None: a folder under the system's own."""
     cache_bytes: int = operational(100 << 30, gt=0)
-    """What the copies may take together. Those removed while they are open take disk space beside these: at most, of
-    each rank, 2 shards of each source in the planner and in each decode worker, and 8 while the planner counts a
-    source. Each lane reads a shard of each source: where these don't all fit, nor all shards of a source in
-    `order: samples`, shards are fetched again and again."""
+    """What the copies may take together, beside removed ones that are open still: at most 2 shards of each source in each
+    planner and decode worker. Where the shards that lanes read at once don't fit, they are fetched again and again."""
 
     @model_validator(mode="after")
     def _always_some_weight(self) -> DataConfig:
