@@ -143,7 +143,7 @@ class DataConfig(Section):
     cache_dir: str | None = operational(None)
     """Folder of this node for copies of remote shards, shared by its ranks; None: a folder under the system's own."""
     cache_bytes: int = operational(100 << 30, gt=0)
-    """What the copies may take together, beside removed ones that are open still: at most 2 shards of each source in each
+    """What copies may take together, beside removed ones that are open still: at most 2 shards of each source in each
     planner and decode worker. Where the shards that lanes read at once don't fit, they are fetched again and again."""
 
     @model_validator(mode="after")
