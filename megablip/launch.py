@@ -380,13 +380,15 @@ class RankGroup:
                 rank.send_signal(signal.SIGTERM)
 
     def _ranks(self) -> list[psutil.Process]:
-        ranks = []
+        found = {}  # each with the process that has started it
         for process in self._kept.members():
             with suppress(psutil.Error):
                 command = process.cmdline()
                 if "megablip.train" in command and not any("deepspeed.launcher" in word for word in command):
-                    ranks.append(process)
-        return ranks
+                    found[process] = process.ppid()
+        # What a rank starts has the rank's command line until it has its own.
+        pids = {process.pid for process in found}
+        return [process for process, parent in found.items() if parent not in pids]
 
 
 def _environment(config: Config, ranks: int, status: RunStatus) -> dict[str, str]:

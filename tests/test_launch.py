@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -17,7 +18,7 @@ from megablip import launch
 from megablip.config import parse_config
 from megablip.engine.status import ATTEMPT, RunStatus
 from megablip.errors import ConfigError
-from megablip.launch import KeptProcess, Machines, claim, conclude, launcher_command, lives_here
+from megablip.launch import KeptProcess, Machines, RankGroup, claim, conclude, launcher_command, lives_here
 from tests.minimal import RECIPE
 
 REPOSITORY = Path(__file__).parents[1]
@@ -56,6 +57,19 @@ def test_what_a_kept_process_leaves_behind_ends_too():
     [orphan] = kept.members()
     kept.close()
     assert gone([orphan.pid])
+
+
+def test_what_a_rank_is_starting_is_no_rank():
+    """Between fork and exec it has the rank's command line; counted as a rank that has ended since, it cost the run."""
+    forking = "import os, time; os.fork(); time.sleep(600)"
+    group = RankGroup()
+    group._kept = KeptProcess([sys.executable, "-c", forking, "megablip.train"], dict(os.environ))
+    try:
+        while len(group._kept.members()) < 2:
+            time.sleep(0.02)
+        assert [rank.pid for rank in group._ranks()] == [group._kept.process.pid]
+    finally:
+        group._kept.close()
 
 
 def config_of(run_dir: Path):
