@@ -52,6 +52,7 @@ from megablip.errors import CheckpointError
 FORMAT_VERSION = 2
 _MANIFEST, _COMMITTED, _LATEST = "manifest.json", "COMMITTED", "latest"
 _DATA_STATE, _TRAINER_STATE = "data_state.npz", "trainer_state.json"
+MAX_STATE_BYTES = 1 << 30  # 4096 lanes of eleven sources take 70 MB
 _READ_BYTES = 1 << 20  # that are hashed at once
 
 
@@ -67,8 +68,19 @@ class Checkpoint:
         return self.trainer_state["step"]
 
     def lane_states(self) -> dict[int, np.ndarray]:
-        """The state of each lane, int64 vectors."""
+        """The state of each lane, int64 vectors.
+
+        Raises:
+            CheckpointError: they would take more memory than any run's do.
+        """
         with np.load(self.folder / _DATA_STATE, allow_pickle=False) as stored:
+            size = sum(entry.file_size for entry in stored.zip.infolist())  # no more of it is ever unpacked
+            if size > MAX_STATE_BYTES:
+                raise CheckpointError(
+                    f"{_DATA_STATE} unpacks to {size} bytes, the limit is {MAX_STATE_BYTES}",
+                    where=str(self.folder),
+                    remedy="this is no checkpoint of megablip's: use another one",
+                )
             return {int(name.removeprefix("lane_")): stored[name] for name in stored.files}
 
     def check(self, config: Config, base: dict[str, str]) -> None:
@@ -170,7 +182,7 @@ class CheckpointStore:
             files |= [part["file"]]
             lanes |= {f"lane_{int(lane):05d}": np.array(state, np.int64) for lane, state in part["lanes"].items()}
         with (staging / _DATA_STATE).open("wb") as stream:
-            np.savez(stream, **dict(sorted(lanes.items())))
+            np.savez_compressed(stream, **dict(sorted(lanes.items())))  # a fifth of the bytes
         trainer_state = {"format": FORMAT_VERSION, "step": step, "versions": _versions()} | trainer_state
         (staging / _TRAINER_STATE).write_text(json.dumps(trainer_state, indent=1))
         files |= {name: _described(staging / name) for name in (_DATA_STATE, _TRAINER_STATE)}

@@ -231,6 +231,16 @@ def test_all_damaged_is_an_error_that_lists_them(tmp_path):
     assert "step_00000002: data_state.npz" in caught.value.what
 
 
+def test_a_state_that_unpacks_to_more_than_any_is_not_unpacked(tmp_path, monkeypatch):
+    checkpoint = open_checkpoint(save(make_store(tmp_path), 1))
+    path = checkpoint.folder / "data_state.npz"
+    np.savez_compressed(path, lane_00000=np.zeros(10_000, np.int64))
+    monkeypatch.setattr(commit, "MAX_STATE_BYTES", 80_000)
+    assert path.stat().st_size < 1000
+    with pytest.raises(CheckpointError, match="unpacks to 80128 bytes"):
+        checkpoint.lane_states()
+
+
 def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again(tmp_path):
     store = make_store(tmp_path)
     for step in (1, 2):
