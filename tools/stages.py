@@ -90,12 +90,12 @@ class Chain:
 
     def _finish(self, together: list[tuple[Stage, subprocess.Popen[bytes]]], began: float) -> None:
         """Wait for stages that run side by side; where one fails the others are stopped, and go on the next time."""
-        waiting, failed = dict(enumerate(together)), None
+        waiting, failed = list(together), None
         while waiting:
-            for number, (stage, process) in list(waiting.items()):
+            for stage, process in list(waiting):
                 with suppress(subprocess.TimeoutExpired):
                     code = process.wait(POLL_S)
-                    del waiting[number]
+                    waiting.remove((stage, process))
                     journal = self._read()
                     if not waiting:  # they share the clock: it counts once, with the last
                         journal[stage.name]["seconds"] += time.monotonic() - began

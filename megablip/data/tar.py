@@ -448,7 +448,7 @@ class _Walker:
     def _drop_strays(self, keys: list[str], samples: list[list[Member]], clashing: dict[str, list[int]]) -> set[int]:
         """Numbers of the runs that a damaged long name, which has no checksum, parts or adds to; noted in the damages.
 
-        None where that is not what made keys clash: they are many, or two whole samples do, or no name is long.
+        Empty where that is not what made keys clash: they are many, or two whole samples do, or no name is long.
         As beside other damage, what is next to such a run stays only if it is whole.
         """
         pairs = zip(keys, samples, strict=True)

@@ -23,6 +23,7 @@ WEIGHTS = [1 / (1 + number) for number in range(SOURCES)]
 DRAWS = 10**6
 COSTS = list(zip(*np.random.default_rng(0).integers([[160], [1]], [[2000], [7]], (2, 1000)).tolist(), strict=True))
 COVERED_LANES, STATE_LANES = 512, 512
+K_COLUMN = 3  # of a state's row for a source: which of the lane's blocks it is at
 
 
 def rows() -> list[Row]:
@@ -84,7 +85,7 @@ def begin_at(orders: list[SourceOrder], k: int) -> None:
     """Plan the first sequence of some lanes that resume where the first source is at its k-th block of the lane."""
     for lane in range(10):
         state = planner(orders, lane, None).state.copy()
-        LaneState(state).sources[0, 3] = k
+        LaneState(state).sources[0, K_COLUMN] = k
         planner(orders, lane, state).next_sequence()
 
 
