@@ -8,9 +8,13 @@ are checked against.
 from __future__ import annotations
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 from megablip.model.packing import PackedLayout
+
+# torch 2.11 takes grouped queries as they come; later ones want to be told, so that they are no oversight.
+_ASKS_FOR_GROUPS = Version(torch.__version__) >= Version("2.12")
 
 
 def flash_attn(
@@ -73,7 +77,7 @@ def torch_varlen(
         scale=scale,
         # Causal attention is a window that is open to the left only.
         window_size=(-1 if window is None else window - 1, 0 if causal else -1),
-        enable_gqa=q.shape[1] != k.shape[1],
+        **({"enable_gqa": q.shape[1] != k.shape[1]} if _ASKS_FOR_GROUPS else {}),
     )
 
 

@@ -102,3 +102,11 @@ def test_torchs_own_kernel_takes_the_samplers_call(on_torch):
         out.sum().backward()
     assert out.shape == q.shape
     assert kv.grad.shape == kv.shape
+
+
+def test_torch_2_11_is_not_told_of_grouped_queries(monkeypatch):
+    monkeypatch.setattr("megablip.model.attention.kernels._ASKS_FOR_GROUPS", False)
+    layout, x = PackedLayout.from_lengths([4]), torch.randn(4, 2, 8)
+    with running_on("torch_varlen") as calls:
+        varlen_attention(x, x, x, layout_q=layout, layout_k=layout, causal=True)
+    assert "enable_gqa" not in calls[0]
