@@ -43,6 +43,7 @@ from typing import Any
 
 import numpy as np
 
+from megablip import __version__
 from megablip.checkpoint.slices import FileRecord, rank_file
 from megablip.config import Config, parse_config, refuse_changes
 from megablip.engine.status import RunStatus
@@ -406,9 +407,8 @@ def _part_file(rank: int) -> str:
 
 def _versions() -> dict[str, str]:
     """Of all that the numbers of a checkpoint may depend on."""
-    return {"python": platform.python_version()} | {
-        name: version(name) for name in ("megablip", "torch", "deepspeed", "transformers")
-    }
+    packages = {name: version(name) for name in ("torch", "deepspeed", "transformers")}
+    return {"python": platform.python_version(), "megablip": __version__} | packages
 
 
 def _described(path: Path) -> FileRecord:

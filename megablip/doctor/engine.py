@@ -29,7 +29,7 @@ from megablip.train import build_trained
 
 STRATEGIES = ("zero3", "zero2", "zero1", "zero3_offload")
 STEPS, MICRO_BATCHES = 8, 2
-LEARNING_RATE, CLIP_NORM = 1e-3, 1.0
+CLIP_NORM = 1.0
 
 FULL: dict[str, dict[str, Any]] = {
     "decoder": {"hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 6, "num_attention_heads": 16,
@@ -57,31 +57,40 @@ class Trace(NamedTuple):
 def check(place: Place) -> Iterator[Result]:
     topology = init_distributed(timeout_s=120)
     config = model_config(**(SMALL if place.small else FULL))
+    rate = 1e-3 if place.small else 3e-4
     tower = random_tower(config, place)
     start = build_unfilled(partial(_build, config), torch.float32, place.device)
     fill(start, seed=0)
     batches = _batches(config, place)
-    expected = _plain_steps(start, tower, batches, place)
+    expected = _plain_steps(start, tower, batches, place, rate)
+    # Rounding grows from step to step: what another order of the same sums does is no fault of an engine.
+    reordered = _plain_steps(start, tower, batches[::-1], place, rate)
     yield Result(
         "plain PyTorch: loss", "last of the steps on the same batches, as a share of the first",
         expected.losses[-1] / expected.losses[0], tolerance=0.95, remedy="the reference itself does not learn",
     )  # fmt: skip
     for strategy in STRATEGIES:
-        found = _engine_steps(strategy, start, tower, batches, place, topology)
+        found = _engine_steps(strategy, start, tower, batches, place, topology, rate)
         remedy = f"don't train with {strategy}: report this with doctor.json"
         yield Result(
             f"{strategy}: loss", "last of the steps on the same batches, as a share of the first",
             found.losses[-1] / found.losses[0], tolerance=0.95, remedy=remedy,
         )  # fmt: skip
-        for name, ours, theirs, tolerance in (
-            ("losses", found.losses, expected.losses, 0.005),
-            ("gradient norms", found.grad_norms, expected.grad_norms, 0.02),
+        for name, ours, theirs, others, floor in (
+            ("losses", found.losses, expected.losses, reordered.losses, 0.005),
+            ("gradient norms", found.grad_norms, expected.grad_norms, reordered.grad_norms, 0.02),
         ):
             yield Result(
-                f"{strategy}: {name}", f"largest relative difference to plain PyTorch in {STEPS} steps",
-                max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True)), tolerance=tolerance, remedy=remedy,
+                f"{strategy}: {name}", f"largest relative difference to plain PyTorch in {STEPS} steps; tolerance: "
+                "three times that of plain PyTorch with its micro-batches in the other order",
+                _largest_difference(ours, theirs), tolerance=max(3 * _largest_difference(others, theirs), floor),
+                remedy=remedy,
             )  # fmt: skip
         gc.collect()
+
+
+def _largest_difference(ours: list[float], theirs: list[float]) -> float:
+    return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
 
 
 def _batches(config: Blip3Config, place: Place) -> list[MicroBatch]:
@@ -100,15 +109,17 @@ def _build(config: Blip3Config) -> Blip3ForConditionalGeneration:
 
 
 def _plain_steps(
-    start: Blip3ForConditionalGeneration, tower: torch.nn.Module, batches: list[MicroBatch], place: Place
+    start: Blip3ForConditionalGeneration,
+    tower: torch.nn.Module,
+    batches: list[MicroBatch],
+    place: Place,
+    rate: float,
 ) -> Trace:
     """bf16 forward and backward, gradients added up in fp32, AdamW on fp32 masters."""
     masters = {name: p.detach().clone().requires_grad_() for name, p in start.named_parameters()}
     named = [(name, p, tuple(p.shape)) for name, p in masters.items()]
     config = run_config(place.folder).optimizer
-    adamw = torch.optim.AdamW(
-        parameter_groups(named, config), lr=LEARNING_RATE, betas=config.betas, eps=config.eps, fused=True
-    )
+    adamw = torch.optim.AdamW(parameter_groups(named, config), lr=rate, betas=config.betas, eps=config.eps, fused=True)
     model = copy.deepcopy(start).to(place.device).train()
     for p in model.parameters():  # not the buffers: rotary frequencies stay float32
         p.data = p.data.to(torch.bfloat16)
@@ -122,7 +133,7 @@ def _plain_steps(
             features = encode_tiles(tower, batch.tiles)
             loss = model(packed=batch, vision_features=features).loss
             (loss / labels).backward()
-            total += float(loss)
+            total += float(loss.detach())
             for name, p in model.named_parameters():
                 masters[name].grad += p.grad
                 p.grad = None
@@ -141,6 +152,7 @@ def _engine_steps(
     batches: list[MicroBatch],
     place: Place,
     topology: Topology,
+    rate: float,
 ) -> Trace:
     """The same by the trainer's engine, built and fed as train.py does it."""
     config = run_config(place.folder)
@@ -153,7 +165,7 @@ def _engine_steps(
 
     engine.load(read, moments=False)
     trace, labels = Trace([], []), sum(batch.valid_labels for batch in batches)
-    rates = dict.fromkeys(PARTS, LEARNING_RATE)
+    rates = dict.fromkeys(PARTS, rate)
     for _ in range(STEPS):
         total = torch.zeros((), device=place.device)
         for batch in batches:

@@ -30,7 +30,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from megablip.doctor.result import Place, Result
-from megablip.engine.topology import computes_on_gpu
+from megablip.engine.topology import compute_device
 
 LIMITS_S = {"machine": 30, "attention": 70, "loss": 40, "engine": 110, "resume": 150, "throughput": 90, "step": 100}
 """The checks, modules beside this one, and the seconds that each may take."""
@@ -118,11 +118,9 @@ def results_of(check: Callable[[Place], Iterator[Result]], place: Place) -> Iter
 
 def main() -> None:
     """One check, in this process: its results as lines of JSON."""
-    import torch
-
     name, output, folder = sys.argv[1:]
-    on_gpu = computes_on_gpu()
-    place = Place(torch.device("cuda", 0) if on_gpu else torch.device("cpu"), not on_gpu, Path(folder))
+    device = compute_device()
+    place = Place(device, device.type != "cuda", Path(folder))
     check = importlib.import_module(f"megablip.doctor.{name}").check
     with open(output, "a", buffering=1) as stream:  # a line at a time: what was found stays, whatever comes
         for result in results_of(check, place):

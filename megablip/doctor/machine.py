@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
-from importlib import metadata
 
 import torch
 
+from megablip import __version__
 from megablip.doctor import all_findings
 from megablip.doctor.result import Place, Result
 
 
 def check(place: Place) -> Iterator[Result]:
     yield Result("type", place.device.type)
-    with suppress(metadata.PackageNotFoundError):  # run from a checkout
-        yield Result("megablip", metadata.version("megablip"))
+    yield Result("megablip", __version__)
     for finding in all_findings():
         yield Result(finding.subject, finding.found, remedy=finding.remedy, failed=not finding.ok)
     if place.on_gpu:

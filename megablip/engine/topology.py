@@ -95,6 +95,18 @@ def computes_on_gpu() -> bool:
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
 
 
+def compute_device() -> Any:
+    """torch.device of this process's model if it has no other ranks; switches cuDNN's attention off.
+
+    torch prefers cuDNN's on Hopper, and that one makes a plan for every new shape: half a second for
+    each new number of documents, tiles, or tokens in a cache.  torch's other kernels take any shape.
+    """
+    import torch
+
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    return torch.device("cuda", 0) if computes_on_gpu() else torch.device("cpu")
+
+
 def init_distributed(timeout_s: int, threads: int = 0) -> Topology:
     """Join the process group: NCCL where there is a GPU, else gloo.
 
@@ -106,7 +118,7 @@ def init_distributed(timeout_s: int, threads: int = 0) -> Topology:
         os.environ.setdefault(name, value)
     import torch
 
-    on_gpu = computes_on_gpu()
+    on_gpu = compute_device().type == "cuda"
     if on_gpu and torch.cuda.device_count() == 1:
         os.environ["LOCAL_RANK"] = "0"  # srun --gpus-per-task=1: each rank sees its own GPU only
     if not on_gpu:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from packaging.version import Version
+from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, Phi3Config, Qwen3Config
 
 from megablip.errors import ConfigError
@@ -131,3 +132,19 @@ def test_head_sizes_of_decoder_and_sampler():
     assert set(head_sizes(Phi3Config(), {"dim_head": 96})) == {96}
     assert set(head_sizes(LlamaConfig(), {"dim_head": 96})) == {128, 96}
     assert set(head_sizes(Qwen3Config(hidden_size=2560, num_attention_heads=32, head_dim=128), {})) == {128}
+
+
+def test_the_trial_is_apart_from_where_attention_is_first_called(machine):
+    """In a checkpointed block, whose kept tensors are counted, and without gradients."""
+    weight, found = torch.ones((), requires_grad=True), []
+
+    def block(x):
+        if not found:
+            found.append(select_backend("cuda", HALF, (96,)).name)
+        return (x * weight).sin()
+
+    checkpoint(block, torch.ones(3), use_reentrant=False).sum().backward()
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            found.append(select_backend("cuda", HALF, (96,)).name)
+    assert found == ["torch_varlen"] * 3
