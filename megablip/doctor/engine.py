@@ -57,14 +57,13 @@ class Trace(NamedTuple):
 def check(place: Place) -> Iterator[Result]:
     topology = init_distributed(timeout_s=120)
     config = model_config(**(SMALL if place.small else FULL))
-    rate = 1e-3 if place.small else 3e-4
+    # So low that the steps stay smooth: where they overshoot, rounding alone moves gradient norms by tenths.
+    rate = 1e-3 if place.small else 5e-5
     tower = random_tower(config, place)
     start = build_unfilled(partial(_build, config), torch.float32, place.device)
     fill(start, seed=0)
     batches = _batches(config, place)
     expected = _plain_steps(start, tower, batches, place, rate)
-    # Rounding grows from step to step: what another order of the same sums does is no fault of an engine.
-    reordered = _plain_steps(start, tower, batches[::-1], place, rate)
     yield Result(
         "plain PyTorch: loss", "last of the steps on the same batches, as a share of the first",
         expected.losses[-1] / expected.losses[0], tolerance=0.95, remedy="the reference itself does not learn",
@@ -76,21 +75,15 @@ def check(place: Place) -> Iterator[Result]:
             f"{strategy}: loss", "last of the steps on the same batches, as a share of the first",
             found.losses[-1] / found.losses[0], tolerance=0.95, remedy=remedy,
         )  # fmt: skip
-        for name, ours, theirs, others, floor in (
-            ("losses", found.losses, expected.losses, reordered.losses, 0.005),
-            ("gradient norms", found.grad_norms, expected.grad_norms, reordered.grad_norms, 0.02),
+        for name, ours, theirs, tolerance in (
+            ("losses", found.losses, expected.losses, 0.005),
+            ("gradient norms", found.grad_norms, expected.grad_norms, 0.02),
         ):
             yield Result(
-                f"{strategy}: {name}", f"largest relative difference to plain PyTorch in {STEPS} steps; tolerance: "
-                "three times that of plain PyTorch with its micro-batches in the other order",
-                _largest_difference(ours, theirs), tolerance=max(3 * _largest_difference(others, theirs), floor),
-                remedy=remedy,
+                f"{strategy}: {name}", f"largest relative difference to plain PyTorch in {STEPS} steps",
+                max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True)), tolerance=tolerance, remedy=remedy,
             )  # fmt: skip
         gc.collect()
-
-
-def _largest_difference(ours: list[float], theirs: list[float]) -> float:
-    return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
 
 
 def _batches(config: Blip3Config, place: Place) -> list[MicroBatch]:
