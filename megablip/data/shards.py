@@ -21,6 +21,7 @@ import numpy as np
 
 from megablip.data.cache import ShardCache, glob_url, is_url
 from megablip.data.index import (
+    IndexHead,
     ShardIndex,
     build_index,
     index_heads,
@@ -144,14 +145,15 @@ class ShardSource:
         Raises:
             ShardError: a shard is missing, or is not one that samples can be read from.
         """
-        local, remote = np.flatnonzero(~self._remote), np.flatnonzero(self._remote)
-        heads = index_heads([self.paths[shard] for shard in local], min(len(os.sched_getaffinity(0)), INDEX_JOBS))
-        for shard, head in zip(local, heads, strict=True):
-            self._remember(int(shard), head.samples)
-        self._headers = _digest(f"{head.size_bytes} {head.headers}" for head in heads)
+        local, remote = np.flatnonzero(~self._remote).tolist(), np.flatnonzero(self._remote).tolist()
+        jobs = min(len(os.sched_getaffinity(0)), INDEX_JOBS)
+        heads = dict(zip(local, index_heads([self.paths[shard] for shard in local], jobs), strict=True))
         with ThreadPoolExecutor(COPIES_AT_A_TIME) as pool:
-            for shard, count in zip(remote, pool.map(self._count_remote, remote.tolist()), strict=True):
-                self._remember(int(shard), count)
+            heads |= zip(remote, pool.map(self._remote_head, remote), strict=True)
+        in_order = [heads[shard] for shard in range(len(self.paths))]
+        for shard, head in enumerate(in_order):
+            self._remember(shard, head.samples)
+        self._headers = _digest(f"{head.size_bytes} {head.headers}" for head in in_order)
         return self._counts
 
     def count(self, shard: int) -> int:
@@ -161,9 +163,9 @@ class ShardSource:
             ShardError: as `counts`.
         """
         if not self._counts[shard]:
-            count = self._count_by_index(shard) if self._remote[shard] else None
-            if count:
-                self._remember(shard, count)
+            head = self._head_by_index(shard) if self._remote[shard] else None
+            if head:
+                self._remember(shard, head.samples)
             else:
                 self._shard(shard)
         return int(self._counts[shard])
@@ -175,7 +177,7 @@ class ShardSource:
 
     @property
     def headers(self) -> str:
-        """Digest of the local shards' sizes and headers, as their indexes have them.
+        """Digest of the shards' sizes and headers, as their indexes have them.
 
         Raises:
             ShardError: as `counts`.
@@ -299,24 +301,24 @@ class ShardSource:
     def _local_path(self, shard: int) -> str:
         return self._cache.path(self.paths[shard]) if self._remote[shard] else self.paths[shard]
 
-    def _count_remote(self, shard: int) -> int:
-        """Samples of a remote shard; it is fetched if its index is not enough."""
-        count = self._count_by_index(shard)
-        if not count:
+    def _remote_head(self, shard: int) -> IndexHead:
+        """Of a remote shard; it is fetched if its index is not enough."""
+        head = self._head_by_index(shard)
+        if head is None:
             opened = self._open_one(shard)
             opened.close()
-            count = len(opened.index)
-        return count
+            head = opened.index.head
+        return head
 
-    def _count_by_index(self, shard: int) -> int | None:
-        """Samples of a remote shard by the index beside it; None if there is none.
+    def _head_by_index(self, shard: int) -> IndexHead | None:
+        """Of a remote shard, by the index beside it; None if there is none.
 
         Nor is one by DALI enough: it does not say of how large a shard it is, so the shard is fetched to be counted.
         """
         url = self.paths[shard]
         self._cache.fetch_index(url)
         head = read_head(self._cache.path(url))
-        return head.samples if head and head.size_bytes == self._cache.size(url) else None
+        return head if head and head.size_bytes == self._cache.size(url) else None
 
     def _shard(self, shard: int) -> _OpenShard:
         opened = self._open.get(shard)

@@ -4,13 +4,17 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import fsspec
 import pytest
 
 from megablip.data import cache as cache_module
 from megablip.data.cache import ShardCache, glob_url, is_url
+from megablip.data.index import index_path
+from megablip.data.shards import ShardSource
 from megablip.errors import ShardError
+from tests.data.builders import write_tar
 
 SIZE = 4000
 
@@ -97,6 +101,24 @@ def test_an_index_that_is_forbidden_is_not_needed(cache, store, monkeypatch):
     cache.fetch_index(url("a"))
     assert len(asked) == 1
     assert copies(cache) == {}
+
+
+def test_a_source_of_remote_shards_knows_their_sizes_and_headers(tmp_path, store):
+    """By their indexes or, where these are missing, by the shards themselves."""
+    local = [str(write_tar(tmp_path / f"{n}.tar", [{"txt": b"x" * n}])) for n in (1, 2)]
+    expected = ShardSource("test", local).headers
+    urls = []
+    for path in local:
+        urls.append(f"memory://store/{Path(path).name}")
+        store.put(path, urls[-1])
+    caches = (ShardCache(tmp_path / name, 1 << 20) for name in ("fetched", "by_index", "changed"))
+    assert ShardSource("test", urls, cache=next(caches)).headers == expected
+    for path, url in zip(local, urls, strict=True):
+        store.put(index_path(path), index_path(url))
+    assert ShardSource("test", urls, cache=next(caches)).headers == expected
+    store.put(str(write_tar(tmp_path / "other.tar", [{"__key__": b"other", "txt": b"y"}])), urls[0])
+    store.rm(index_path(urls[0]))
+    assert ShardSource("test", urls, cache=next(caches)).headers != expected
 
 
 def test_an_index_larger_than_its_shard_is_not_copied(cache, store):

@@ -8,8 +8,9 @@ that draw as many tokens each, of documents with log-normal lengths (sigma 0.5).
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 import time
-import tracemalloc
 
 import numpy as np
 
@@ -27,14 +28,8 @@ K_COLUMN = 3  # of a state's row for a source: which of the lane's blocks it is 
 
 
 def rows() -> list[Row]:
-    tracemalloc.start()
     orders = orders_of(LANES)
-    cursors = [[Cursor(order, lane) for order in orders] for lane in range(LANES // RANKS)]
-    for lane in cursors:
-        for cursor in lane:
-            cursor.next()
-    memory, _ = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
+    cursors = cursors_of(orders)
     address_us, error = draw(cursors[0])
     largest = orders[0]
     far = SAMPLES // LANES // largest.block_size  # blocks of a lane until the source has given a billion samples
@@ -44,7 +39,7 @@ def rows() -> list[Row]:
     )
     state_mb, resume_s = state_and_resume()
     return [
-        Row("memory", memory / 2**20, "MiB", "lower", goal=200),
+        Row("memory", resident_mib(), "MiB of a process", "lower", goal=200),
         Row("address", address_us, "us", "lower", goal=20),
         Row("mixture_error", error, "", "lower", goal=1e-3),
         Row("first_sequence_far", seconds["far"] / seconds["start"], "x of a start", "lower", goal=2),
@@ -64,6 +59,26 @@ def orders_of(lanes: int) -> list[SourceOrder]:
         shards = max(1, SHARDS * size // SAMPLES)
         orders.append(SourceOrder(f"source {number}", np.full(shards, size // shards), lanes, seed=0))
     return orders
+
+
+def cursors_of(orders: list[SourceOrder]) -> list[list[Cursor]]:
+    """Of a rank's lanes, each of which has drawn from each source."""
+    cursors = [[Cursor(order, lane) for order in orders] for lane in range(LANES // RANKS)]
+    for lane in cursors:
+        for cursor in lane:
+            cursor.next()
+    return cursors
+
+
+def resident_mib() -> float:
+    """What a process that does nothing else has held of memory at most, Python and numpy included."""
+    program = (
+        "from tools.bench.order import LANES, cursors_of, orders_of\n"
+        "cursors_of(orders_of(LANES))\n"
+        "print(*(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return int(done.stdout) / 2**10
 
 
 def draw(cursors: list[Cursor]) -> tuple[float, float]:
