@@ -1,4 +1,4 @@
-"""Draw handwritten digits on canvases: cells of 16 x 16 pixels, random colours, noise."""
+"""Draw handwritten digits on canvases: cells of 16 x 16 pixels, random colours, noise; stamps and smudges."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ SCALES = (0.88, 1.08)  # of the ink; beyond this neighbours would touch
 MAX_JITTER = 1  # pixels that a digit strays from its cell's middle
 MIN_CONTRAST = 90.0  # between the grey values of ink and paper
 MAX_NOISE = 12.0  # grey levels
+STAMPS = {"red": (214, 40, 40), "green": (40, 160, 60), "blue": (40, 80, 214)}
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,26 @@ def paint(digits: Digits, cells: np.ndarray, rng: np.random.Generator) -> np.nda
     pixels = ink * (ink_colour - paper_colour)
     pixels += paper_colour + amplitude * (2 * noise - 1)
     return np.clip(pixels, 0, 255, out=pixels).astype(np.uint8)
+
+
+def cell_of(pixels: np.ndarray, row: int, column: int) -> np.ndarray:
+    """A view of one cell of uint8[height, width, 3]."""
+    return pixels[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL]
+
+
+def smudge(cell: np.ndarray, rng: np.random.Generator) -> None:
+    """Cover a cell's middle with grey blotches: that a digit was there still shows, which one does not."""
+    y, x = np.mgrid[:CELL, :CELL]
+    inside = (y - CELL / 2 + 0.5) ** 2 + (x - CELL / 2 + 0.5) ** 2 < (CELL / 2 - 0.5) ** 2
+    blotches = rng.integers(70, 190, size=(CELL // 4, CELL // 4)).repeat(4, 0).repeat(4, 1)
+    cell[inside] = blotches[inside][:, None]
+
+
+def put_stamp(cell: np.ndarray, colour: str, rng: np.random.Generator) -> None:
+    """A disc of the colour, a little lighter or darker each time."""
+    y, x = np.mgrid[:CELL, :CELL]
+    inside = (y - CELL / 2 + 0.5) ** 2 + (x - CELL / 2 + 0.5) ** 2 < (CELL / 2 - 2) ** 2
+    cell[inside] = np.clip(np.array(STAMPS[colour]) + rng.integers(-20, 21), 0, 255)
 
 
 def _colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -31,11 +31,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from tools.canvases import CELL, EMPTY, augment, paint
+from tools.canvases import CELL, EMPTY, STAMPS, augment, cell_of, paint, put_stamp, smudge
 from tools.digits import Digits, load_digits
 from tools.errors import errors_end_the_program
 from tools.folders import complete_folder
-from tools.miniature.pictures import STAMPS, cell_of, put_stamp, smudge
 
 TILE, PATCH = 48, 8
 PATCHES_PER_SIDE = TILE // PATCH

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from tools.canvases import CELL, EMPTY, paint
+from tools.canvases import CELL, EMPTY, cell_of, paint, put_stamp, smudge
 from tools.digits import Digits
 
 TILE_CELLS = 3  # cells of a tile's side: 48 pixels
-STAMPS = {"red": (214, 40, 40), "green": (40, 160, 60), "blue": (40, 80, 214)}
 JPEG_QUALITY = 95  # encodes 8 times faster than PNG and is a third of its size on noisy paper
 
 
@@ -75,23 +74,3 @@ def draw(
         tuple(digits.ids[chosen].tolist()),
         buffer.getvalue(),
     )
-
-
-def cell_of(pixels: np.ndarray, row: int, column: int) -> np.ndarray:
-    """A view of one cell of uint8[height, width, 3]."""
-    return pixels[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL]
-
-
-def smudge(cell: np.ndarray, rng: np.random.Generator) -> None:
-    """Cover a cell's middle with grey blotches: that a digit was there still shows, which one does not."""
-    y, x = np.mgrid[:CELL, :CELL]
-    inside = (y - CELL / 2 + 0.5) ** 2 + (x - CELL / 2 + 0.5) ** 2 < (CELL / 2 - 0.5) ** 2
-    blotches = rng.integers(70, 190, size=(CELL // 4, CELL // 4)).repeat(4, 0).repeat(4, 1)
-    cell[inside] = blotches[inside][:, None]
-
-
-def put_stamp(cell: np.ndarray, colour: str, rng: np.random.Generator) -> None:
-    """A disc of the colour, a little lighter or darker each time."""
-    y, x = np.mgrid[:CELL, :CELL]
-    inside = (y - CELL / 2 + 0.5) ** 2 + (x - CELL / 2 + 0.5) ** 2 < (CELL / 2 - 2) ** 2
-    cell[inside] = np.clip(np.array(STAMPS[colour]) + rng.integers(-20, 21), 0, 255)

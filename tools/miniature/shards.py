@@ -22,12 +22,12 @@ import numpy as np
 import typer
 from rich.progress import Progress
 
-from tools.canvases import augment
+from tools.canvases import STAMPS, augment
 from tools.demo_shards import FORMATS
 from tools.digits import Digits, load_digits
 from tools.errors import errors_end_the_program
 from tools.folders import complete_folder
-from tools.miniature.pictures import STAMPS, Picture, draw
+from tools.miniature.pictures import Picture, draw
 from tools.miniature.tasks import COLOURS, REFUSAL, UNCLEAR, UNSAFE, Asker, Exchange, spelled
 from tools.shard_writer import SAMPLES_PER_SHARD, IndexedShardWriter
 

@@ -12,8 +12,9 @@ from itertools import product
 
 import numpy as np
 
+from tools.canvases import STAMPS
 from tools.digits import Digits
-from tools.miniature.pictures import STAMPS, Picture, draw
+from tools.miniature.pictures import Picture, draw
 
 UNCLEAR = "unclear"
 REFUSAL = "i cannot help with that"

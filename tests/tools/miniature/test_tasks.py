@@ -14,10 +14,10 @@ from megablip.data.schemas import SCHEMAS
 from megablip.data.shards import ShardSource, expand_shards
 from megablip.evaluate.tasks import conversation_questions, reading_questions, shots_questions
 from tests.tools.test_canvases import DIGITS
-from tools.canvases import CELL
+from tools.canvases import CELL, STAMPS
 from tools.miniature.claims import CONTROL, Claim, claims
 from tools.miniature.pairs import rejected
-from tools.miniature.pictures import STAMPS, draw
+from tools.miniature.pictures import draw
 from tools.miniature.shards import SHOTS, make_shards
 from tools.miniature.tasks import CONVERSATIONS, READING, REFUSAL, UNCLEAR, Asker, spelled
 
