@@ -28,7 +28,7 @@ from megablip.data.loader import setup_of
 from megablip.data.reference import PairScore, ids_digest, made_from, read_scores, scores_path, write_scores
 from megablip.data.samples import SampleReader
 from megablip.engine.build import build_unfilled
-from megablip.engine.topology import compute_device
+from megablip.engine.topology import prepare_device
 from megablip.errors import ConfigError, SampleError, ShardError
 from megablip.model.blip3 import Blip3Config, Blip3ForConditionalGeneration
 from megablip.model.layout import check_tokenizer
@@ -59,7 +59,7 @@ class Scorer:
         self._setup = setup_of(config, config.model.path, model_config.layout, (), None, 0)
         self.reader = SampleReader(self._setup)
         self._layout = model_config.layout
-        self._device = compute_device()
+        self._device = prepare_device()
         dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
         self._model = build_unfilled(
             lambda: Blip3ForConditionalGeneration(model_config, with_vision_tower=False), dtype, self._device

@@ -30,7 +30,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from megablip.doctor.result import Place, Result
-from megablip.engine.topology import compute_device
+from megablip.engine.topology import prepare_device
 
 LIMITS_S = {"machine": 30, "attention": 70, "loss": 40, "engine": 110, "resume": 150, "throughput": 90, "step": 100}
 """The checks, modules beside this one, and the seconds that each may take."""
@@ -119,7 +119,7 @@ def results_of(check: Callable[[Place], Iterator[Result]], place: Place) -> Iter
 def main() -> None:
     """One check, in this process: its results as lines of JSON."""
     name, output, folder = sys.argv[1:]
-    device = compute_device()
+    device = prepare_device()
     place = Place(device, device.type != "cuda", Path(folder))
     check = importlib.import_module(f"megablip.doctor.{name}").check
     with open(output, "a", buffering=1) as stream:  # a line at a time: what was found stays, whatever comes

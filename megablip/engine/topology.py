@@ -95,8 +95,8 @@ def computes_on_gpu() -> bool:
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
 
 
-def compute_device() -> Any:
-    """torch.device of this process's model if it has no other ranks; switches cuDNN's attention off.
+def prepare_device() -> Any:
+    """Switch cuDNN's attention off; the torch.device of this process's model, if it is the only rank.
 
     torch prefers cuDNN's on Hopper, and that one makes a plan for every new shape, of tokens, tiles, or a
     cache: 0.1 s forward and backward on an H100, where torch's other kernels, which take any shape, need 1 ms.
@@ -118,7 +118,7 @@ def init_distributed(timeout_s: int, threads: int = 0) -> Topology:
         os.environ.setdefault(name, value)
     import torch
 
-    on_gpu = compute_device().type == "cuda"
+    on_gpu = prepare_device().type == "cuda"
     if on_gpu and torch.cuda.device_count() == 1:
         os.environ["LOCAL_RANK"] = "0"  # srun --gpus-per-task=1: each rank sees its own GPU only
     if not on_gpu:

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText
 
 import megablip.model.blip3  # noqa: F401 (registers the model with transformers)
 from megablip.data.encode import Encoder
-from megablip.engine.topology import compute_device
+from megablip.engine.topology import prepare_device
 from megablip.errors import ConfigError
 from megablip.records import DecodedDocument, Document
 
@@ -60,7 +60,7 @@ class Answerer:
             raise ConfigError(
                 "there is no model", where=str(folder), remedy="export one with `megablip convert zero-to-hf`"
             )
-        device = compute_device()
+        device = prepare_device()
         try:
             dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
             model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)

@@ -21,7 +21,7 @@ from megablip.checkpoint.export import ExportReader, base_of, first_weights, loa
 from megablip.checkpoint.slices import SliceReader
 from megablip.config import dump_config
 from megablip.data.collate import collate
-from megablip.engine.topology import compute_device
+from megablip.engine.topology import prepare_device
 from megablip.errors import MegablipError
 from megablip.model.blip3 import Blip3Config
 from megablip.model.trained import trained_part
@@ -50,7 +50,7 @@ def document_losses(step: ReplayedStep, weights: Path | None) -> list[torch.Tens
     export = ExportReader(config.model.path)
     if step.checkpoint:
         step.checkpoint.check(config, base_of(export, model_config))
-    device = compute_device()
+    device = prepare_device()
     dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
     with no_init_weights():
         model = trained_part(model_config, config.model).to(device)

@@ -9,9 +9,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from megablip.engine import topology
-from megablip.engine.topology import _ranks_per_node, computes_on_gpu, first_host, has_gpu, rendezvous
+from megablip.engine.topology import (
+    _ranks_per_node,
+    computes_on_gpu,
+    first_host,
+    has_gpu,
+    prepare_device,
+    rendezvous,
+)
 
 REPOSITORY = Path(__file__).parents[2]
 MEET = """
@@ -142,3 +150,9 @@ def test_torch_and_deepspeed_choose_the_same_device(monkeypatch):
         else:
             monkeypatch.setenv("DS_ACCELERATOR", variable)
         assert computes_on_gpu() == on_gpu
+
+
+def test_cudnns_attention_is_switched_off():
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    assert prepare_device().type == ("cuda" if computes_on_gpu() else "cpu")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
