@@ -132,6 +132,7 @@ class Loader:
         self._lanes = owned_lanes(config.batch.lanes, rank, world)
         self._micro_batches = micro_batches_per_step(config, world)
         self._memory = TileMemory(pin_memory)
+        self._gpu = _current_gpu() if pin_memory else None
         self._ready: deque[StepBatch] = deque()
         self._changed = threading.Condition()  # guards _ready, _failure and _closed
         self._failure: tuple[int, MegablipError] | None = None  # and the step that it came instead of
@@ -198,6 +199,8 @@ class Loader:
         """Body of the thread: assemble steps and keep them ready."""
         batch = StepBatch(step)
         try:
+            if self._gpu is not None:
+                _use_gpu(self._gpu)
             self.samples = self._pipeline.totals()
             while True:
                 self._assemble(batch)
@@ -253,6 +256,19 @@ class Loader:
         batch.tokens += sequence.tokens
         batch.data_digest += sequence.digest
         return sequence
+
+
+def _current_gpu() -> int:
+    import torch
+
+    return torch.cuda.current_device()
+
+
+def _use_gpu(number: int) -> None:
+    """In a thread, which begins on GPU 0: there pinned memory would make a context, 0.5 GB of each rank on one GPU."""
+    import torch
+
+    torch.cuda.set_device(number)
 
 
 def _state_of(

@@ -6,6 +6,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from contextlib import ExitStack
 from dataclasses import replace
@@ -13,10 +14,12 @@ from itertools import chain, islice
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from megablip.config import parse_config
 from megablip.data import samples
+from megablip.data.collate import TileMemory
 from megablip.data.loader import Loader, micro_batches_per_step, owned_lanes, setup_of
 from megablip.data.samples import SampleReader
 from megablip.data.shards import HEAD_BYTES
@@ -530,6 +533,25 @@ def test_prefetch_is_bounded_in_bytes_and_steps_and_never_less_than_one(data, tm
             time.sleep(0.01)
         time.sleep(0.5)
         assert len(loader._ready) == expected
+
+
+def test_pinned_memory_is_asked_for_on_the_gpu_of_the_rank(data, tmp_path, monkeypatch):
+    """The thread once began on GPU 0, where each rank then had a context of half a gigabyte."""
+    chosen, asked = {}, []
+
+    def empty(self, count, side):
+        asked.append(chosen.get(threading.current_thread()))
+        return torch.empty(count, 3, side, side, dtype=torch.uint8)
+
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 3)
+    monkeypatch.setattr("torch.cuda.set_device", lambda gpu: chosen.update({threading.current_thread(): gpu}))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(TileMemory, "empty", empty)
+    config = config_of(data, tmp_path, data__decode_workers=0)
+    with Loader(config, str(data / "tokenizer"), LAYOUT, 0, 1, None, pin_memory=True) as loader:
+        next(loader)
+    assert set(asked) == {3}
+    assert threading.main_thread() not in chosen
 
 
 def test_closing_ends_the_helpers(data, tmp_path):
