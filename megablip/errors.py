@@ -73,6 +73,10 @@ class HangError(MegablipError):
     """A step, a wait for data or a save takes longer than its limit."""
 
 
+class DeviceMemoryError(MegablipError):
+    """A GPU's memory does not hold what the recipe asks of it."""
+
+
 class DivergenceError(MegablipError):
     """Loss or gradient is not finite, step after step."""
 

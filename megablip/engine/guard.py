@@ -17,6 +17,7 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
+import torch
 from torch import nn
 
 from megablip.config import Config
@@ -25,7 +26,7 @@ from megablip.engine.channel import TOLD_S, SideChannel, Verdict
 from megablip.engine.status import ATTEMPT, RunStatus
 from megablip.engine.topology import Topology
 from megablip.engine.watchdog import Watchdog, dump_stacks
-from megablip.errors import HangError, MegablipError, RankMismatchError
+from megablip.errors import DeviceMemoryError, HangError, MegablipError, RankMismatchError
 
 ALARM_STEPS = 5  # of a run, that the alarm watches unless asked for more
 PHASES = ("data", "exchange", "step", "record", "save")
@@ -65,6 +66,11 @@ class Guard:
     def enter(self, phase: str) -> None:
         """The main thread begins one of PHASES."""
         self._watchdog.enter(phase)
+
+    @property
+    def place(self) -> str:
+        """Where in the run its main thread is."""
+        return f"step {self._step}" if self._steps else "before the first step"
 
     def fail(self, error: BaseException) -> NoReturn:
         """End this process because its main thread has failed, and all others with it.
@@ -128,12 +134,25 @@ def end_run(error: Exception, guard: Guard | None, run_dir: Path) -> NoReturn:
     """Say what the main thread failed of, and end all ranks; without a guard, this process alone."""
     text = f"{type(error).__name__}: {error}" if isinstance(error, MegablipError) else traceback.format_exc()
     rank = os.environ.get("RANK", "?")
+    if isinstance(error, torch.OutOfMemoryError):
+        error = _out_of_memory(error, f"rank {rank}, {guard.place if guard else 'at the start'}")
+        text += f"{type(error).__name__}: {error}"
     print(f"[rank {rank}] {text}", file=sys.stderr, flush=True)
     if guard:
         guard.fail(error)
     if ATTEMPT in os.environ:  # else there may be none yet
         RunStatus.of_rank(run_dir).fail(f"rank {rank}: {type(error).__name__}: {error}")
     _leave()
+
+
+def _out_of_memory(error: torch.OutOfMemoryError, where: str) -> DeviceMemoryError:
+    found, _, _ = str(error).partition(" If reserved but unallocated")  # what follows is about torch's own settings
+    return DeviceMemoryError(
+        found,
+        where=where,
+        remedy="set model.activation_checkpointing=1, lower batch.micro_batch_sequences, take more ranks or another "
+        "engine.ds_config (zero3, zero3_offload); in a new run lower data.sequence_length or data.max_tiles",
+    )
 
 
 def _leave() -> NoReturn:
