@@ -32,8 +32,7 @@ class PackedLayout:
 
     @classmethod
     def from_lengths(cls, doc_lens: list[int], device: torch.device | str = "cpu") -> PackedLayout:
-        ends = np.cumsum([0, *doc_lens], dtype=np.int32)
-        return cls(list(doc_lens), torch.from_numpy(ends).to(device))
+        return cls(list(doc_lens), on_device(np.cumsum([0, *doc_lens], dtype=np.int32), device))
 
     @cached_property
     def max_seqlen(self) -> int:
@@ -117,8 +116,8 @@ class Padding:
         place = np.arange(max(lengths))
         mask = place < np.array(lengths)[:, None]
         index = np.minimum((ends - lengths)[:, None] + place, ends[:, None] - 1)
-        rows = Rows(_tensor(index.ravel(), device), _tensor(np.flatnonzero(mask), device), all_taken=True)
-        return cls(rows, _tensor(mask, device))
+        rows = Rows(on_device(index.ravel(), device), on_device(np.flatnonzero(mask), device), all_taken=True)
+        return cls(rows, on_device(mask, device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +140,7 @@ class VisibleKeys:
         rows = None
         if not seen.all():
             inverse = np.where(seen.ravel(), seen.ravel().cumsum() - 1, seen.sum())
-            rows = Rows(_tensor(np.flatnonzero(seen), device), _tensor(inverse, device), all_taken=False)
+            rows = Rows(on_device(np.flatnonzero(seen), device), on_device(inverse, device), all_taken=False)
         from_lengths = PackedLayout.from_lengths
         return cls(from_lengths([queries] * len(counts), device), from_lengths(counts, device), rows)
 
@@ -150,8 +149,12 @@ class VisibleKeys:
         return keys.flatten(0, 1) if self.rows is None else self.rows.take(keys.flatten(0, 1))
 
 
-def _tensor(array: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(array).to(device, non_blocking=True)
+def on_device(array: np.ndarray, device: torch.device | str) -> Tensor:
+    """As a tensor there. Nothing waits: a copy from memory that is not pinned would, for all that the GPU has to do."""
+    tensor = torch.from_numpy(array)
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,6 +40,22 @@ def test_visible_keys_are_taken_and_the_others_get_no_gradient():
     assert x.grad.flatten().tolist() == [1, 0, 2, 3, 0, 0, 4, 5]
 
 
+def test_no_index_waits_for_a_gpu(monkeypatch):
+    """Those from memory that is not pinned once did, between tower and decoder of each micro-batch."""
+    copied, pinned = torch.Tensor.to, []
+
+    def to(tensor, device, non_blocking=False):
+        assert (torch.device(device).type, non_blocking) == ("cuda", True)
+        assert pinned.pop() is tensor
+        return copied(tensor, "cpu")
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    gpu = torch.device("cuda", 0)
+    VisibleKeys.from_mask(np.array([[True, False], [True, True]]), queries=1, device=gpu)
+    Padding.of_lengths([3, 1], gpu)
+
+
 def test_where_all_keys_are_seen_nothing_is_gathered():
     keys = VisibleKeys.from_mask(np.ones((2, 4), bool), queries=1, device=CPU)
     x = torch.randn(2, 4, 3)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from megablip.model.packing import on_device
 from megablip.model.samplers.base import SamplerFlops, VisualTokens, tiles_of
 from megablip.model.samplers.instruction import Instruction
 from megablip.model.samplers.perceiver import PerceiverResampler
@@ -43,5 +44,6 @@ class FixedResampler(PerceiverResampler):
         own = place < torch.tensor(tiles)[:, None]
         index = torch.where(own, starts[:, None] + place, 0)
         mask = patch_mask.bool()[index] & own[:, :, None]
-        gathered = features.index_select(0, index.flatten().to(features.device)).unflatten(0, index.shape)
+        rows = on_device(index.flatten().numpy(), features.device)
+        gathered = features.index_select(0, rows).unflatten(0, index.shape)
         return super().forward(gathered.flatten(1, 2), mask.view(len(tiles), widest * patches))

@@ -49,7 +49,7 @@ class MLPSampler(Sampler):
     ) -> Tensor:
         """[N, P, dim] features -> [N, tokens, output_dim], row by row."""
         side = math.isqrt(features.shape[1])
-        padding = ~patch_mask.bool().to(features.device)[:, :, None]
+        padding = ~patch_mask.bool().to(features.device, non_blocking=True)[:, :, None]
         maps = features.masked_fill(padding, -math.inf).transpose(1, 2).unflatten(2, (side, side))
         pooled = F.max_pool2d(maps, POOL, ceil_mode=True).flatten(2).transpose(1, 2)
         pooled = torch.where(pooled.isneginf(), 0, pooled)

@@ -11,7 +11,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from megablip.model.attention import varlen_attention
-from megablip.model.packing import VisibleKeys
+from megablip.model.packing import VisibleKeys, on_device
 from megablip.model.samplers.base import Sampler, SamplerFlops, VisualTokens
 from megablip.model.samplers.instruction import Instruction
 
@@ -168,6 +168,6 @@ def regroup_released(features: Tensor, patch_mask: Tensor, grids: Sequence[tuple
         crops = index[first * patches : start * patches]
         crops.copy_(crops.view(rows, columns, side, side).transpose(1, 2).reshape(-1))
     return (
-        features.flatten(0, 1).index_select(0, index.to(features.device)).view_as(features),
+        features.flatten(0, 1).index_select(0, on_device(index.numpy(), features.device)).view_as(features),
         patch_mask.flatten().index_select(0, index).view_as(patch_mask),
     )
