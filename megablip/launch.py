@@ -35,7 +35,7 @@ from megablip.data.samples import index_sources
 from megablip.data.shards import expand_shards
 from megablip.engine.ds_config import read_ds_config
 from megablip.engine.status import ATTEMPT, EXIT_CODES, RunStatus
-from megablip.engine.topology import has_gpu, job_port, node_name
+from megablip.engine.topology import gpus_there, has_gpu, job_port, node_name
 from megablip.errors import ConfigError
 from megablip.metrics.points import last_step
 from megablip.metrics.startup import STARTED, process_age_s
@@ -214,6 +214,13 @@ def launcher_command(config_path: Path, machines: Machines) -> list[str]:
             f"{ranks} ranks need as many GPUs, but CUDA_VISIBLE_DEVICES leaves {len(given)}",
             where=f"engine.ranks, on {own}",
             remedy="start fewer ranks, or let them see more GPUs",
+        )
+    there = gpus_there()
+    if not given and has_gpu() and there and there < ranks and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda":
+        raise ConfigError(
+            f"{ranks} ranks need as many GPUs, and there {'is one' if there == 1 else f'are {there}'}",
+            where=f"engine.ranks, on {own}",
+            remedy="start as many ranks as there are GPUs",
         )
     # Of the others only the number of ranks matters here.
     nodes = {host: list(range(slots)) for host, slots in machines.slots.items()} | {

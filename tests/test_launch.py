@@ -16,6 +16,7 @@ import pytest
 
 from megablip import launch
 from megablip.config import parse_config
+from megablip.engine import topology
 from megablip.engine.status import ATTEMPT, RunStatus
 from megablip.errors import ConfigError
 from megablip.launch import KeptProcess, Machines, RankGroup, claim, conclude, launcher_command, lives_here
@@ -139,6 +140,25 @@ def test_the_command_of_each_of_several_machines(tmp_path, monkeypatch):
     assert list(world.items()) == [("n1", [0, 1, 2, 3]), ("n2", ["4", "5"])]
     with pytest.raises(ConfigError, match="4 ranks need as many GPUs"):
         launcher_command(tmp_path / "config.yaml", Machines({"n1": 4, "n2": 2}, 0, "10.0.0.1", 12345))
+
+
+def test_fewer_gpus_than_ranks_are_told_before_these_start(tmp_path, monkeypatch):
+    """CUDA shows one rank a GPU that another has, or none, and each says so in its own way."""
+    monkeypatch.setattr(topology, "_DEVICES", tmp_path)
+    monkeypatch.setattr(topology, "_GPU_DEVICES", (str(tmp_path / "nvidiactl"),))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    machines = Machines.alone(2)
+    launcher_command(tmp_path / "config.yaml", machines)  # on the CPU
+    for name in ("nvidiactl", "nvidia-uvm", "nvidia0"):
+        (tmp_path / name).touch()
+    with pytest.raises(ConfigError, match="2 ranks need as many GPUs, and there is one"):
+        launcher_command(tmp_path / "config.yaml", machines)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    launcher_command(tmp_path / "config.yaml", machines)
+    monkeypatch.delenv("DS_ACCELERATOR")
+    (tmp_path / "nvidia1").touch()
+    launcher_command(tmp_path / "config.yaml", machines)
 
 
 def test_ranks_know_nothing_of_a_torchrun_around_their_launcher(tmp_path, monkeypatch):

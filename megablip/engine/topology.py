@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megablip.engine.startup import spare_builds
+from megablip.errors import ConfigError
 
 _GPU_DEVICES = ("/dev/nvidiactl", "/dev/dxg")  # of Linux, and of Linux under Windows
+_DEVICES = Path("/dev")
 DEFAULT_PORT = 29500  # torch's own
 _FIRST_PORT, _PORTS = 10000, 20000  # below the range that systems give to outgoing connections
 
@@ -74,6 +76,11 @@ def has_gpu() -> bool:
     return not hidden and any(Path(device).exists() for device in _GPU_DEVICES)
 
 
+def gpus_there() -> int:
+    """NVIDIA GPUs of this machine, hidden ones too; 0 where they have no files of their own, as under Windows."""
+    return len(list(_DEVICES.glob("nvidia[0-9]*")))
+
+
 def node_name() -> str:
     """SLURM's name of this node, which may be another than the host's, or the host's."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
@@ -119,8 +126,8 @@ def init_distributed(timeout_s: int, threads: int = 0) -> Topology:
     import torch
 
     on_gpu = prepare_device().type == "cuda"
-    if on_gpu and torch.cuda.device_count() == 1:
-        os.environ["LOCAL_RANK"] = "0"  # srun --gpus-per-task=1: each rank sees its own GPU only
+    if on_gpu:
+        os.environ["LOCAL_RANK"] = str(_own_gpu(int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()))
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if threads:
@@ -147,6 +154,23 @@ def init_distributed(timeout_s: int, threads: int = 0) -> Topology:
         device=torch.device("cuda", local_rank) if on_gpu else torch.device("cpu"),
     )
     return replace(topology, ranks_per_node=_ranks_per_node(topology.gather(node_name())))
+
+
+def _own_gpu(local_rank: int, there: int) -> int:
+    """The one of the GPUs that this rank sees which is its own.
+
+    Raises:
+        ConfigError: there are fewer than ranks.
+    """
+    if there == 1:
+        return 0  # srun --gpus-per-task=1: each rank sees its own GPU only
+    if local_rank >= there:
+        raise ConfigError(
+            f"no GPU is left for this rank: on its machine it is number {local_rank}, from 0 on, of {there} GPUs",
+            where=f"rank {os.environ.get('RANK')} on {node_name()}",
+            remedy="start as many ranks as there are GPUs, or let them see more",
+        )
+    return local_rank
 
 
 def rendezvous(environment: Mapping[str, str]) -> dict[str, str]:

@@ -13,6 +13,7 @@ import torch
 
 from megablip.engine import topology
 from megablip.engine.topology import (
+    _own_gpu,
     _ranks_per_node,
     computes_on_gpu,
     first_host,
@@ -20,6 +21,7 @@ from megablip.engine.topology import (
     prepare_device,
     rendezvous,
 )
+from megablip.errors import ConfigError
 
 REPOSITORY = Path(__file__).parents[2]
 MEET = """
@@ -126,6 +128,13 @@ def test_two_ranks_of_torchrun_meet(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in (0, 1):
         assert f"rank {rank} of 2, 2 a node, sum 3" in done.stdout
+
+
+def test_a_rank_without_a_gpu_is_told():
+    assert [_own_gpu(local_rank, 4) for local_rank in range(4)] == [0, 1, 2, 3]
+    assert _own_gpu(3, 1) == 0
+    with pytest.raises(ConfigError, match="it is number 4, from 0 on, of 4 GPUs"):
+        _own_gpu(4, 4)
 
 
 def test_a_hidden_gpu_is_none(monkeypatch, tmp_path):
