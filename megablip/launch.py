@@ -411,6 +411,10 @@ def _environment(config: Config, ranks: int, status: RunStatus) -> dict[str, str
     if not has_gpu():
         # On a CPU the launcher counts NUMA nodes as devices unless told.
         environment["LOCAL_SIZE"] = str(ranks)
+    elif "PYTORCH_CUDA_ALLOC_CONF" not in environment:  # the older name, the only one that torch before 2.11 heeds
+        # Micro-batches differ in their numbers of tiles and tokens. Without it the allocator's fixed segments fit none
+        # of them after a while, and memory runs out that is free.
+        environment.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     return environment
 
 

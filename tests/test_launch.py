@@ -169,3 +169,23 @@ def test_ranks_know_nothing_of_a_torchrun_around_their_launcher(tmp_path, monkey
     environment = launch._environment(config_of(tmp_path), 1, status)
     assert not [name for name in environment if name.startswith("TORCHELASTIC_")]
     assert environment[ATTEMPT] == status.attempt
+
+
+def test_memory_of_gpus_is_given_in_segments_that_grow(tmp_path, monkeypatch):
+    """Profiles of clusters had said so, and `megablip train` on one machine had not."""
+    status = RunStatus(tmp_path)
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+
+    def given(on_gpu=True):
+        monkeypatch.setattr(launch, "has_gpu", lambda: on_gpu)
+        environment = launch._environment(config_of(tmp_path), 1, status)
+        return {name: environment[name] for name in names if name in environment}
+
+    assert given(on_gpu=False) == {}
+    assert given() == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    for name in names:
+        with monkeypatch.context() as changed:
+            changed.setenv(name, "max_split_size_mb:512")
+            assert given() == {name: "max_split_size_mb:512"}
