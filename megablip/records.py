@@ -232,7 +232,7 @@ class PackedSequence:
 
 
 # Lengths and indices are made from these; on a device, the forward would wait to read them.
-_ON_HOST = ("patch_mask", "grid")
+_ON_HOST = ("patch_mask", "grid", "pair")
 
 
 @dataclass(slots=True)
@@ -252,7 +252,7 @@ class MicroBatch:
     doc_lens: list[int]  # the same lengths as Python ints, to spare a device sync
     max_seqlen: int
     source: torch.Tensor  # int32[D]
-    pair: torch.Tensor  # int32[D]: number of the preference pair, -1 if none
+    pair: torch.Tensor  # int32[D]: number of the preference pair, -1 if none; stays on the host
     tiles: torch.Tensor  # uint8[N, 3, S, S]
     patch_mask: torch.Tensor  # bool[N, P]; stays on the host, as `grid`
     tile_to_image: torch.Tensor  # int32[N]
@@ -262,7 +262,7 @@ class MicroBatch:
     dummy: bool = False
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same with its tensors on `device`, but for those that say how tiles lie."""
+        """The same with its tensors on `device`, but for those that are read on the host."""
         moved = {
             f.name: value.to(device, non_blocking=True) if hasattr(value, "to") and f.name not in _ON_HOST else value
             for f in fields(self)

@@ -161,7 +161,7 @@ class StoredReference:
             ShardError: a pair has no score, or is not the one that was scored.
         """
         found = np.zeros(len(micro_batch.doc_lens))
-        # On a GPU this waits for its stream, as the objective does in any case.
+        # On a GPU this waits for its stream.
         ids, pair, source = (
             tensor.cpu().numpy() for tensor in (micro_batch.input_ids, micro_batch.pair, micro_batch.source)
         )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megablip.config import PreferenceConfig
+from megablip.model.packing import on_device
 
 
 @dataclass(frozen=True)
@@ -30,9 +33,9 @@ class Answers:
         """Args:
         document_loss: [D], summed cross entropy of each document.
         document_labels: [D].
-        pair: int[D], the number of a document's pair, -1 if none; the chosen answer of a pair comes first.
+        pair: int[D] on the host, the number of a document's pair, -1 if none; the chosen answer of a pair comes first.
         """
-        chosen, rejected = _members(pair)
+        chosen, rejected = _members(pair, document_loss.device)
         return cls(
             -document_loss.index_select(0, chosen),
             -document_loss.index_select(0, rejected),
@@ -50,15 +53,15 @@ class Answers:
         )
 
 
-def _members(pair: Tensor) -> tuple[Tensor, Tensor]:
+def _members(pair: Tensor, device: torch.device) -> Iterator[Tensor]:
     """int64[P] each: the documents of the chosen and of the rejected answers, pair by pair."""
-    members = torch.argsort(pair, stable=True)[int((pair < 0).sum()) :]
-    return members[0::2], members[1::2]
+    members = np.argsort(pair.numpy(), kind="stable")[int((pair < 0).sum()) :]
+    return (on_device(side, device) for side in np.ascontiguousarray(members.reshape(-1, 2).T))
 
 
 def divergence_sum(document_divergence: Tensor, document_labels: Tensor, pair: Tensor) -> Tensor:
     """Of each pair the mean divergence over the labels of both answers; summed over pairs."""
-    chosen, rejected = _members(pair)
+    chosen, rejected = _members(pair, document_divergence.device)
     divergence, labels = (x[chosen] + x[rejected] for x in (document_divergence, document_labels))
     return (divergence / labels).sum()
 
@@ -118,5 +121,5 @@ def preference_loss(policy: Answers, reference: Answers, config: PreferenceConfi
         chosen_log_prob=policy.chosen.sum(),
         rejected_log_prob=policy.rejected.sum(),
         chosen_log_ratio=chosen_log_ratio.sum(),
-        pairs=h.new_tensor(len(h)),
+        pairs=h.new_full((), len(h)),
     )

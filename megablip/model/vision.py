@@ -12,11 +12,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from megablip.errors import ConfigError
+from megablip.model.packing import on_device
 
 
 def _siglip(tower: nn.Module, pixels: Tensor) -> Tensor:
@@ -152,4 +154,4 @@ def _levels(shares: list[float], device: torch.device) -> float | Tensor:
     """Shares of the brightest level, as levels: one number if it serves all channels (ten times faster)."""
     if len(set(shares)) == 1:
         return 255 * shares[0]
-    return 255 * torch.tensor(shares, device=device)[:, None, None]
+    return on_device(255 * np.array(shares, np.float32)[:, None, None], device)

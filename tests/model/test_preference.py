@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megablip.config import PreferenceConfig
-from megablip.model.preference import PREFERENCE_SUMS, Answers, preference_loss
+from megablip.model.preference import PREFERENCE_SUMS, Answers, divergence_sum, preference_loss
 
 
 def answers(chosen, rejected, chosen_labels=(4.0, 2.0), rejected_labels=(8.0, 1.0)):
@@ -56,6 +56,15 @@ def test_answers_are_found_by_their_pair():
     assert found.chosen.tolist() == [-3, 0, -5]
     assert found.rejected.tolist() == [-4, -1, -6]
     assert found.rejected_labels.tolist() == [14, 11, 16]
+
+
+def test_nothing_of_the_loss_is_read_back():
+    """A host that reads waits for the GPU; here the tensors have no values that could be read."""
+    loss, pair = torch.zeros(3, device="meta"), torch.tensor([0, 0, -1], dtype=torch.int32)
+    found = Answers.of(loss, loss, pair)
+    sums = preference_loss(found, found, PreferenceConfig(sft_weight=1.0)).detached()
+    assert (found.rejected.shape, sums.device.type) == ((1,), "meta")
+    assert divergence_sum(loss, loss, pair).device.type == "meta"
 
 
 def test_no_pairs_give_zero_and_gradients_of_zero():
