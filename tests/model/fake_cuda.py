@@ -10,6 +10,7 @@ error here as it is there.
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 
 ctypes.CDLL(sys.argv[1])  # first: torch asks but once whether there is a CUDA device
@@ -90,3 +91,5 @@ def to_fake_device(module: torch.nn.Module, mode: FakeTensorMode, device: torch.
 
 if __name__ == "__main__":
     main()
+    sys.stdout.flush()
+    os._exit(0)  # autograd's thread of the device now and then aborts the interpreter's own exit
