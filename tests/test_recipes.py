@@ -104,6 +104,7 @@ def test_deepspeed_accepts_its_config(path, precision, device):
     assert read.gradient_accumulation_steps == 3
     assert read.gradient_clipping == 0.5
     assert read.train_micro_batch_size_per_gpu == 1
+    assert not read.timers_config.enabled, "it makes the host wait for the GPU twice a micro-batch"
     assert read.zero_config.overlap_comm == (device == "cuda")
     assert read.zero_config.zero_hpz_partition_size == (4 if path.stem == "zero3_hpz" else 1)
 

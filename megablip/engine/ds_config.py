@@ -111,6 +111,8 @@ def complete_ds_config(
                 remedy='write "auto" there',
             )
         section[key] = value
+    # DeepSpeed's own clock, on by default, waits for the device before each forward and after each backward.
+    ds_config["timers"] = {"throughput": {"enabled": False}}
     zero = ds_config["zero_optimization"]
     _fill(zero, "overlap_comm", on_gpu)
     if "offload_optimizer" in zero:
