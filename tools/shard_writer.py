@@ -51,13 +51,17 @@ def write_counted(out: Path, samples: Iterable[dict[str, Any]], counts: Counter[
     """
     with complete_folder(out, mark="counts.json") as folder:
         writer = IndexedShardWriter(f"{folder}/{out.name}-%06d.tar", SAMPLES_PER_SHARD)
-        for sample in samples:
-            writer.write(sample)
-        if not writer.total:
-            raise ConfigError(
-                "there is no sample to write", where=counts_line(out, counts), remedy="check what it is made of"
-            )
-        writer.close()  # after an error the folder is not kept, and needs no index
+        try:
+            for sample in samples:
+                writer.write(sample)
+            if not writer.total:
+                raise ConfigError(
+                    "there is no sample to write", where=counts_line(out, counts), remedy="check what it is made of"
+                )
+        except BaseException:
+            writer.tarstream.close()  # without an index: the folder is not kept
+            raise
+        writer.close()
         (folder / "counts.json").write_text(json.dumps(counts, indent=1))
     return counts_line(out, counts)
 
