@@ -3,11 +3,11 @@
     python -m tools.miniature resolution --seeds 3
 
 Each variant is trained from scratch by the real trainer and asked the same
-held-out questions; FOLDER/NAME.json holds the figures of each seed.  Printed
-are their mean and 95 % interval, and the differences that the claim is about,
-taken seed by seed.  The chain and all comparisons of a seed share its tower and
-data.  Two variants train side by side, one rank each: that is a third faster
-than one after the other on two ranks.
+held-out questions; FOLDER/NAME.json holds the figures of each seed.  Printed,
+and shown by a report that is made afterwards, are their mean and 95 % interval,
+and the differences that the claim is about, taken seed by seed.  The chain and
+all comparisons of a seed share its tower and data.  Two variants train side by
+side, one rank each: that is a third faster than one after the other on two ranks.
 """
 
 from __future__ import annotations
@@ -193,6 +193,46 @@ def mean_and_half_width(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), _T95[len(values)] * statistics.stdev(values) / len(values) ** 0.5
 
 
+@dataclass(frozen=True)
+class Compared:
+    """What a comparison found, as the cells of two tables.
+
+    Attributes:
+        variants: name, and mean with interval of each of `figures`.
+        differences: cells under DIFFERENCES.
+    """
+
+    claim: str
+    seeds: int
+    figures: tuple[str, ...]
+    variants: list[tuple[str, ...]]
+    differences: list[tuple[str, ...]]
+
+    @classmethod
+    def read(cls, name: str, folder: Path) -> Compared | None:
+        """None where the comparison has not been run."""
+        file, ablation = folder / f"{name}.json", ABLATIONS[name]
+        if not file.is_file():
+            return None
+        by_seed = json.loads(file.read_text(encoding="utf-8"))["seeds"]
+        return cls(
+            ablation.claim,
+            len(by_seed),
+            ablation.figures,
+            [
+                (
+                    variant.name,
+                    *(_interval([found[variant.name][figure] for found in by_seed]) for figure in ablation.figures),
+                )
+                for variant in ablation.variants
+            ],
+            [_difference(contrast, by_seed) for contrast in ablation.contrasts],
+        )
+
+
+DIFFERENCES = ("figure", "of", "less that of", "median", "mean", "goal", "reached", "each seed")
+
+
 def run_ablation(name: str, folder: Path, seeds: int, size: Size) -> None:
     """Train and ask all variants with each seed; print the tables."""
     ablation = ABLATIONS[name]
@@ -203,20 +243,21 @@ def run_ablation(name: str, folder: Path, seeds: int, size: Size) -> None:
         answers = {variant.name: variant.folder(home, name) / "answers" for variant in ablation.variants}
         by_seed.append({variant: json.loads((at / "figures.json").read_text()) for variant, at in answers.items()})
     (folder / f"{name}.json").write_text(json.dumps({"claim": ablation.claim, "seeds": by_seed}, indent=1))
-    table = Table("variant", *ablation.figures, title=f"{ablation.claim} (seeds: {seeds})")
-    for variant in ablation.variants:
-        columns = ([found[variant.name][figure] for found in by_seed] for figure in ablation.figures)
-        table.add_row(variant.name, *map(_interval, columns))
-    differences = Table("figure", "of", "less that of", "median", "mean", "goal", "reached", "each seed")
-    for contrast in ablation.contrasts:
-        values, goal = contrast.values(by_seed), contrast.at_least
-        median = statistics.median(values)
-        differences.add_row(
-            contrast.figure, contrast.one, contrast.other, f"{median:+.3f}", _interval(values),
-            *(("", "") if goal is None else (f">= {goal:.2f}", "yes" if median >= goal else "no")),
-            ", ".join(f"{value:+.3f}" for value in values),
-        )  # fmt: skip
-    Console().print(table, differences)
+    compared = Compared.read(name, folder)
+    variants = Table("variant", *compared.figures, title=f"{compared.claim} (seeds: {compared.seeds})")
+    differences = Table(*DIFFERENCES)
+    for table, rows in ((variants, compared.variants), (differences, compared.differences)):
+        for row in rows:
+            table.add_row(*row)
+    Console().print(variants, differences)
+
+
+def _difference(contrast: Contrast, by_seed: list[dict[str, dict[str, float]]]) -> tuple[str, ...]:
+    values, goal = contrast.values(by_seed), contrast.at_least
+    median = statistics.median(values)
+    judged = ("", "") if goal is None else (f">= {goal:.2f}", "yes" if median >= goal else "no")
+    each = ", ".join(f"{value:+.3f}" for value in values)
+    return contrast.figure, contrast.one, contrast.other, f"{median:+.3f}", _interval(values), *judged, each
 
 
 def _interval(values: list[float]) -> str:

@@ -1,4 +1,4 @@
-"""One page that shows what each stage of the miniature did.
+"""One page that shows what each stage of the miniature did, and what comparisons found that have been run beside it.
 
 python -m tools.miniature.report runs/miniature/seed_0 --out runs/miniature/seed_0/report
 """
@@ -18,6 +18,7 @@ from megablip.evaluate.tasks import conversation_questions
 from megablip.metrics.points import read_metrics
 from megablip.pages import write_page
 from tools.folders import complete_folder
+from tools.miniature.ablations import ABLATIONS, DIFFERENCES, Compared
 from tools.miniature.chain import STAGES
 from tools.miniature.claims import CONTROL, claims
 
@@ -44,6 +45,8 @@ def main(
             folder=Path(__file__).parent,
             title="BLIP-3 in miniature: five stages on real handwritten digits",
             claims=found,
+            comparisons={name: Compared.read(name, folder.parent) for name in ABLATIONS},
+            differences=DIFFERENCES,
             stages=STAGES,
             tasks=list(dict.fromkeys(task for stage in STAGES for task in figures[stage])),
             figures=figures,

@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict
 from itertools import groupby
+from pathlib import Path
 
 import pytest
 import typer
@@ -10,7 +11,9 @@ import yaml
 from typer.testing import CliRunner
 
 from megablip.config import Duration, load_config
-from tools.miniature.ablations import ABLATIONS, Contrast, mean_and_half_width, stages
+from megablip.pages import write_page
+from tools.miniature import ablations
+from tools.miniature.ablations import ABLATIONS, DIFFERENCES, Compared, Contrast, mean_and_half_width, stages
 from tools.miniature.chain import FULL, TINY
 from tools.miniature.claims import Claim
 from tools.miniature.medians import main, medians
@@ -65,6 +68,28 @@ def test_contrasts_are_between_variants_and_of_what_is_asked(ablation):
 def test_a_difference_is_taken_seed_by_seed():
     seeds = [{"a": {"read": 0.9}, "b": {"read": 0.5}}, {"a": {"read": 0.4}, "b": {"read": 0.6}}]
     assert Contrast("read", "a", "b").values(seeds) == [pytest.approx(0.4), pytest.approx(-0.2)]
+
+
+def test_what_was_found_is_shown_and_what_was_not_run_is_named(tmp_path):
+    assert Compared.read("instruction", tmp_path) is None
+    asked = ABLATIONS["instruction"].figures
+    found = {"perceiver": dict.fromkeys(asked, 0.5), "instruction-aware": dict.fromkeys(asked, 0.75)}
+    (tmp_path / "instruction.json").write_text(json.dumps({"claim": "", "seeds": [found, found]}))
+    compared = Compared.read("instruction", tmp_path)
+    assert compared.variants[0] == ("perceiver", *["0.500 ± 0.000"] * len(asked))
+    assert compared.differences[0] == (
+        "read", "instruction-aware", "perceiver", "+0.250", "0.250 ± 0.000", "", "", "+0.250, +0.250",
+    )  # fmt: skip
+    assert len(compared.differences[0]) == len(DIFFERENCES)
+    nothing = dict.fromkeys(("claims", "stages", "tasks", "pictures"), ())
+    comparisons = {"instruction": compared, "resolution": None}
+    page = tmp_path / "report.html"
+    write_page(
+        page, "report.html.j2", folder=Path(ablations.__file__).parent, title="", comparisons=comparisons,
+        differences=DIFFERENCES, **nothing,
+    )  # fmt: skip
+    assert page.read_text().count("0.250 ± 0.000") == len(asked)
+    assert "python -m tools.miniature resolution" in page.read_text()
 
 
 def test_interval():
