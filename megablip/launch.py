@@ -209,18 +209,14 @@ def launcher_command(config_path: Path, machines: Machines) -> list[str]:
     # Its half for one node; the half that searches for nodes would import torch and DeepSpeed once more.
     own, ranks = list(machines.slots.items())[machines.node_rank]
     given = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
-    if given and len(given) < ranks:
+    on_gpu = has_gpu() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+    left = len(given) or (gpus_there() if on_gpu else 0)  # 0: not known, or none is needed
+    if 0 < left < ranks:
+        there = "CUDA_VISIBLE_DEVICES leaves" if given else "there are only"
         raise ConfigError(
-            f"{ranks} ranks need as many GPUs, but CUDA_VISIBLE_DEVICES leaves {len(given)}",
+            f"{ranks} ranks need as many GPUs, but {there} {left}",
             where=f"engine.ranks, on {own}",
             remedy="start fewer ranks, or let them see more GPUs",
-        )
-    there = gpus_there()
-    if not given and has_gpu() and there and there < ranks and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda":
-        raise ConfigError(
-            f"{ranks} ranks need as many GPUs, and there {'is one' if there == 1 else f'are {there}'}",
-            where=f"engine.ranks, on {own}",
-            remedy="start as many ranks as there are GPUs",
         )
     # Of the others only the number of ranks matters here.
     nodes = {host: list(range(slots)) for host, slots in machines.slots.items()} | {

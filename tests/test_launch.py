@@ -152,7 +152,7 @@ def test_fewer_gpus_than_ranks_are_told_before_these_start(tmp_path, monkeypatch
     launcher_command(tmp_path / "config.yaml", machines)  # on the CPU
     for name in ("nvidiactl", "nvidia-uvm", "nvidia0"):
         (tmp_path / name).touch()
-    with pytest.raises(ConfigError, match="2 ranks need as many GPUs, and there is one"):
+    with pytest.raises(ConfigError, match="2 ranks need as many GPUs, but there are only 1"):
         launcher_command(tmp_path / "config.yaml", machines)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     launcher_command(tmp_path / "config.yaml", machines)

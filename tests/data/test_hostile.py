@@ -378,7 +378,7 @@ DOCUMENTS = 10  # of an example
 
 
 @given(RANDOMS)
-@settings(max_examples=150)
+@settings(max_examples=300)
 def test_random_interleavings_keep_the_invariants(encoder, rng):
     lay(encoder, rng, DOCUMENTS)
 
